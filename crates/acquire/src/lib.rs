@@ -1,1 +1,485 @@
-//! placeholder
+//! Policy: what an acquisition is. The library that `stillframe` and others call.
+//!
+//! [`acquire`] reads like the sentence: find, map, plan, guard, capture, map again, seal, exhibit.
+//! It holds the branches; the other modules get what they need and do one thing.
+#![forbid(unsafe_code)]
+
+pub mod copy;
+pub mod doctor;
+pub mod draft;
+pub mod event;
+pub mod find;
+pub mod guard;
+pub mod log;
+pub mod look;
+pub mod map;
+pub mod method;
+pub mod monitor;
+pub mod plan;
+pub mod record;
+pub mod seal;
+pub mod stop;
+
+use crate::copy::{Cell, Cut};
+use crate::event::{Event, Observer, Phase};
+use crate::guard::Guarded;
+use crate::log::Log;
+use crate::look::Looked;
+use crate::method::process::{self, Pass, PassError, Work};
+use crate::plan::{Plan, Refusal, Wish};
+use crate::record::{Measure, Sealed, Story};
+use crate::stop::Stop;
+use evidence::exhibit;
+use evidence::manifest::{BlocksFile, FileRecord, Image, JournalFile, MapCheck};
+use evidence::{GuestRange, PageState};
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::Instant;
+
+pub use crate::look::{Surveyed, survey};
+
+/// What the examiner says of the case.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CaseNotes {
+    /// Case number.
+    pub number: Option<String>,
+    /// Exhibit number.
+    pub exhibit: Option<String>,
+    /// Who takes the image.
+    pub examiner: Option<String>,
+    /// On whose authority.
+    pub authority: Option<String>,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// The VM: name, UUID, PID, or path of a QMP socket.
+    pub vm: String,
+    /// The directory that the exhibit is made in.
+    pub output: Option<PathBuf>,
+    /// How.
+    pub wish: Wish,
+    /// The most host memory that a RAM store may take, in bytes.
+    pub max_ram: Option<u64>,
+    /// The most bytes of guest memory that are read in a second.
+    pub max_rate: Option<u64>,
+    /// Whether the SHA-256 of the whole image file is computed.
+    pub file_digest: bool,
+    /// For the record.
+    pub case: CaseNotes,
+}
+
+/// Why nothing was done.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// No VM was found.
+    #[error(transparent)]
+    Find(#[from] find::FindError),
+    /// No monitor of it can be used.
+    #[error(transparent)]
+    Monitor(#[from] monitor::MonitorError),
+    /// QEMU does not answer as it should.
+    #[error("QEMU cannot be asked")]
+    Query(#[from] qemu::QmpError),
+    /// There is no map that can be trusted.
+    #[error(transparent)]
+    Map(#[from] map::LocateError),
+    /// What was asked for is not possible or not safe.
+    #[error("refused: {}", .0.reason)]
+    Refused(Refusal),
+    /// The host cannot be looked at.
+    #[error("the host cannot be looked at")]
+    Host(#[from] host::HostError),
+    /// The output directory cannot be used.
+    #[error("cannot make the exhibit in {}", path.display())]
+    Output {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        cause: host::exhibit_dir::ExhibitError,
+    },
+    /// The run began, and its record could not be written.
+    #[error("the record of {} could not be written", exhibit.display())]
+    Record {
+        /// What is left of the exhibit.
+        exhibit: PathBuf,
+        /// Why.
+        #[source]
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl Failure {
+    /// What is left on disk.
+    pub fn exhibit(&self) -> Option<PathBuf> {
+        match self {
+            Failure::Record { exhibit, .. } => Some(exhibit.clone()),
+            _ => None,
+        }
+    }
+}
+
+/// How a run that began came out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Everything was read and sealed.
+    Complete,
+    /// Complete, but something is not known or not as before.
+    Losses(String),
+    /// The operator ended it; the record is partial.
+    Interrupted,
+    /// It could not go on; the record is partial.
+    Failed(String),
+}
+
+impl Ending {
+    /// Why it is not complete.
+    pub fn reason(&self) -> Option<String> {
+        match self {
+            Ending::Complete => None,
+            Ending::Losses(reason) | Ending::Failed(reason) => Some(reason.clone()),
+            Ending::Interrupted => Some("interrupted by the operator".to_owned()),
+        }
+    }
+
+    /// Whether the exhibit gets its final name.
+    fn is_whole(&self) -> bool {
+        matches!(self, Ending::Complete | Ending::Losses(_))
+    }
+}
+
+/// What a run left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Done {
+    /// How it came out.
+    pub ending: Ending,
+    /// The exhibit: its directory, `.partial` when it is not whole.
+    pub exhibit: Option<PathBuf>,
+}
+
+/// Takes an image of a running VM's memory.
+///
+/// # Errors
+/// [`Failure`] when nothing was done, or when the record of a run could not be written. A run that
+/// began and could not go on is no error: it has an [`Ending`] and a record that says so.
+pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Done, Failure> {
+    let log = Log::begin(Instant::now());
+    let began = host::clock::now();
+    let mut looked = look::look(request, &log)?; // find, map
+    looked.tell(tell);
+    let plan = plan::choose(&looked.facts, &request.wish).map_err(Failure::Refused)?; // plan
+    looked.tell_plan(&plan, tell);
+    let mut guarded = guard::guard(request, &looked, &plan, &log, &began, tell, stop)?; // guard
+    let mut run = Run::new(&looked, guarded.refusal.take());
+    if run.end.is_none() {
+        run.capture(request, &looked, &guarded, &log, tell, stop); // capture
+    }
+    run.map_again(&mut looked, &log, tell);
+    let sealed = run.seal(request, &plan, &guarded, &log, tell, &stop.next());
+    run.exhibit(request, &looked, &plan, guarded, sealed, &log, &began) // exhibit
+}
+
+/// Threads that read and hash: one a CPU.
+pub fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
+}
+
+/// What happens to a run between guard and exhibit.
+struct Run {
+    cells: Vec<Cell>,
+    passes: Vec<Pass>,
+    before: Measure,
+    after: Measure,
+    not_reached: Vec<GuestRange>,
+    /// Why it ended early.
+    end: Option<Ending>,
+    map_after: Option<(FileRecord, Vec<u8>)>,
+    map_difference: Option<String>,
+    run_state_after: Option<String>,
+}
+
+impl Run {
+    fn new(looked: &Looked, refusal: Option<Ending>) -> Self {
+        let before = Measure::take(&looked.target.process);
+        Self {
+            cells: Vec::new(),
+            passes: Vec::new(),
+            before,
+            after: before,
+            not_reached: Vec::new(),
+            end: refusal,
+            map_after: None,
+            map_difference: None,
+            run_state_after: None,
+        }
+    }
+
+    fn capture(
+        &mut self,
+        request: &Request,
+        looked: &Looked,
+        guarded: &Guarded,
+        log: &Log,
+        tell: &dyn Observer,
+        stop: &Stop,
+    ) {
+        self.cells = match copy::cells(&looked.located.map) {
+            Ok(cells) => cells,
+            Err(error) => {
+                self.end = Some(Ending::Failed(error.to_string()));
+                return;
+            }
+        };
+        let work = Work {
+            source: &looked.memory,
+            store: guarded.store(),
+            origin: log.origin(),
+            workers: cpus(),
+            max_rate: request.max_rate,
+            stop,
+            observer: tell,
+        };
+        log.add("capture", json!({ "blocks": self.cells.len(), "workers": work.workers }));
+        let result = process::live(&work, &mut self.cells, &mut self.passes);
+        for pass in &self.passes {
+            log.add(
+                "pass",
+                json!({ "n": pass.n, "t0_ns": pass.span.t0_ns, "t1_ns": pass.span.t1_ns,
+                        "changed_pages": pass.changed_pages }),
+            );
+        }
+        self.end = match result {
+            Ok(()) => None,
+            Err(Cut::Stopped) => Some(Ending::Interrupted),
+            Err(Cut::Failed(error)) => Some(Ending::Failed(told(&error))),
+        };
+        self.after = Measure::take(&looked.target.process);
+        self.drop_unreached();
+    }
+
+    /// Blocks that no pass reached are losses, not blocks of the image.
+    fn drop_unreached(&mut self) {
+        self.not_reached =
+            self.cells.iter().filter(|cell| cell.pass == 0).map(|cell| cell.block).collect();
+        self.cells.retain(|cell| cell.pass > 0);
+    }
+
+    /// Whether QEMU still says the same of the guest's memory.
+    fn map_again(&mut self, looked: &mut Looked, log: &Log, tell: &dyn Observer) {
+        match looked.again() {
+            Ok(again) => {
+                let text = again.located.text().into_bytes();
+                self.map_after = Some((record::file_record(exhibit::MAP_AFTER, &text), text));
+                self.map_difference = looked.located.difference(&again.located);
+                self.run_state_after = Some(again.run_state);
+            }
+            Err(error) => {
+                let reason = format!("the map could not be taken again: {}", told(&error));
+                log.add("map-again", json!({ "error": reason }));
+                self.end.get_or_insert(Ending::Failed(reason));
+                return;
+            }
+        }
+        log.add("map-again", json!({ "difference": self.map_difference }));
+        if let Some(difference) = &self.map_difference {
+            tell.event(Event::MapChanged { difference: difference.clone() });
+        }
+    }
+
+    /// Store to image. Without a block there is nothing to seal.
+    fn seal(
+        &mut self,
+        request: &Request,
+        plan: &Plan,
+        guarded: &Guarded,
+        log: &Log,
+        tell: &dyn Observer,
+        stop: &Stop,
+    ) -> Option<Sealed> {
+        if self.cells.is_empty() {
+            return None;
+        }
+        log.add("seal", json!({ "blocks": self.cells.len() }));
+        match self.try_seal(request, plan, guarded, tell, stop) {
+            Ok(sealed) => Some(sealed),
+            Err(Cut::Stopped) => {
+                self.end = Some(Ending::Interrupted);
+                None
+            }
+            Err(Cut::Failed(error)) => {
+                let reason = told(&error);
+                log.add("seal", json!({ "error": reason }));
+                self.end = Some(Ending::Failed(reason));
+                None
+            }
+        }
+    }
+
+    fn try_seal(
+        &mut self,
+        request: &Request,
+        plan: &Plan,
+        guarded: &Guarded,
+        tell: &dyn Observer,
+        stop: &Stop,
+    ) -> Result<Sealed, Cut<seal::SealError>> {
+        let setting = copy::Setting {
+            workers: cpus(),
+            max_rate: None,
+            stop,
+            observer: tell,
+            phase: Phase::Seal,
+            pass: None,
+        };
+        seal::blocks(&mut self.cells, guarded.store(), &guarded.image(), &setting)?;
+        let other_bytes_sha256 =
+            seal::pieces(&guarded.layout, &guarded.file).map_err(Cut::Failed)?;
+        seal::finish(&guarded.file, guarded.layout.len).map_err(Cut::Failed)?;
+        let out = guarded.new_file(exhibit::BLOCKS).map_err(Cut::Failed)?;
+        let records = seal::records(&self.cells, out).map_err(Cut::Failed)?;
+        let sha256 = if request.file_digest {
+            Some(seal::file_digest(&guarded.file, guarded.layout.len, tell, stop)?)
+        } else {
+            None
+        };
+        tell.event(Event::Sealed {
+            memory_root: records.memory_root.to_string(),
+            data_bytes: self.bytes_in(PageState::Data),
+            file_bytes: guarded.layout.len,
+        });
+        Ok(Sealed {
+            image: Image {
+                file: exhibit::image_name(plan.format),
+                format: plan.format,
+                len: guarded.layout.len,
+                sha256,
+                segments: guarded.layout.segments.list().len() as u64,
+                other_bytes_sha256,
+            },
+            blocks: BlocksFile {
+                file: exhibit::BLOCKS.to_owned(),
+                count: records.count,
+                sha256: records.sha256,
+            },
+            memory_root: records.memory_root,
+        })
+    }
+
+    fn bytes_in(&self, wanted: PageState) -> u64 {
+        let of_cell = |cell: &Cell| -> u64 {
+            evidence::state::pages(cell.block)
+                .zip(&cell.states)
+                .filter(|(_, state)| **state == wanted)
+                .map(|(page, _)| page.len())
+                .sum()
+        };
+        self.cells.iter().map(of_cell).sum()
+    }
+
+    /// How the run came out, all considered.
+    fn ending(&self) -> Ending {
+        if let Some(end) = &self.end {
+            return end.clone();
+        }
+        let unreadable = self.bytes_in(PageState::Unreadable);
+        match (&self.map_difference, unreadable) {
+            (Some(difference), _) => {
+                Ending::Losses(format!("the memory map changed meanwhile: {difference}"))
+            }
+            (None, 1..) => Ending::Losses(format!("{unreadable} bytes could not be read")),
+            (None, 0) => Ending::Complete,
+        }
+    }
+
+    /// Writes what is left of the record, the manifest last, and gives the exhibit its name.
+    #[expect(clippy::too_many_arguments, reason = "everything that is known goes into the record")]
+    fn exhibit(
+        self,
+        request: &Request,
+        looked: &Looked,
+        plan: &Plan,
+        guarded: Guarded,
+        sealed: Option<Sealed>,
+        log: &Log,
+        began: &host::clock::Moment,
+    ) -> Result<Done, Failure> {
+        let ending = self.ending();
+        if sealed.is_none() {
+            guarded.remove_image();
+        }
+        let path = guarded.path();
+        let fail = |cause: Box<dyn std::error::Error + Send + Sync>| Failure::Record {
+            exhibit: path.clone(),
+            cause,
+        };
+        if let Some((record, text)) = &self.map_after {
+            guarded.write(&record.file, text).map_err(|e| fail(Box::new(e)))?;
+        }
+        log.add("end", json!({ "reason": ending.reason() }));
+        let head = log.close().map_err(|e| fail(Box::new(e)))?;
+        let story = Story {
+            request,
+            log,
+            began: began.clone(),
+            record_id: &guarded.record_id,
+            target: &looked.target,
+            vm: &looked.vm,
+            map: &looked.located.map,
+            plan,
+            before: self.before,
+            after: self.after,
+            readers: looked.readers(),
+            passes: self.passes,
+            not_reached: self.not_reached,
+            faults: looked.memory.take_faults(),
+            map_check: MapCheck {
+                before: Some(guarded.map_before.clone()),
+                equal: self.map_after.as_ref().map(|_| self.map_difference.is_none()),
+                after: self.map_after.map(|(record, _)| record),
+            },
+            map_difference: self.map_difference,
+            run_state_after: self.run_state_after,
+            workers: cpus(),
+            store_bytes: guarded.store_bytes(),
+            warnings: looked.warnings.clone(),
+            end_reason: if ending.is_whole() { None } else { ending.reason() },
+        };
+        let journal = JournalFile {
+            file: exhibit::JOURNAL.to_owned(),
+            lines: head.lines,
+            head: head.digest,
+        };
+        let manifest = story.manifest(&self.cells, sealed, journal);
+        let bytes = manifest.to_json().map_err(|e| fail(Box::new(e)))?;
+        let sums = seal::sums(&manifest, &bytes, &guarded).map_err(|e| fail(Box::new(e)))?;
+        guarded.write(exhibit::SUMS, sums.as_bytes()).map_err(|e| fail(Box::new(e)))?;
+        guarded.write(exhibit::MANIFEST, &bytes).map_err(|e| fail(Box::new(e)))?;
+        let whole = ending.is_whole();
+        let exhibit = match guarded.finish(whole) {
+            Ok(exhibit) => exhibit,
+            Err(e) => return Err(fail(Box::new(e))),
+        };
+        Ok(Done { ending, exhibit: Some(exhibit) })
+    }
+}
+
+/// An error with its causes on one line, for the record.
+fn told(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}
+
+/// A pass that failed, in words for the record.
+impl From<&PassError> for Ending {
+    fn from(error: &PassError) -> Self {
+        Ending::Failed(told(error))
+    }
+}

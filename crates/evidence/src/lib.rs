@@ -12,13 +12,26 @@
 #![forbid(unsafe_code)]
 
 pub mod block;
+pub mod digest;
+pub mod exhibit;
+pub mod format;
+pub mod journal;
 pub mod layout;
+mod lines;
+pub mod manifest;
 pub mod map;
 pub mod range;
+pub mod record;
 pub mod state;
+pub mod sums;
+pub mod verify;
 
 pub use block::{BLOCK_LEN, Block};
+pub use digest::Digest;
+pub use exhibit::ExhibitDir;
 pub use layout::{Segment, Segments};
+pub use manifest::Manifest;
 pub use map::{Kind, MemoryMap, Region};
 pub use range::GuestRange;
+pub use record::BlockRecord;
 pub use state::{PAGE, PageState};

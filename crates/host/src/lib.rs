@@ -1,1 +1,38 @@
-//! placeholder
+//! The Linux kernel and the only unsafe code of stillframe; safe to use from outside.
+//!
+//! ```text
+//! process ─> maps, pagemap ─> guest_memory (a Source) ─> store::{RamStore, DiskStore}
+//! peer, facts, memory, clock, oom, fs: what the host is and what it allows
+//! exhibit_dir: where the exhibit is made and read
+//! ```
+//! Nothing here knows QEMU, monitors or formats. Guest memory is copied out, never lent, and
+//! there is no function that writes it.
+
+pub mod clock;
+pub mod disk_store;
+mod error;
+pub mod exhibit_dir;
+pub mod facts;
+pub mod fs;
+pub mod guest_memory;
+mod kernel_text;
+pub mod maps;
+pub mod memory;
+pub mod oom;
+pub mod pagemap;
+pub mod peer;
+pub mod privilege;
+pub mod process;
+pub mod ram_store;
+pub mod random;
+pub mod scripted;
+pub mod source;
+pub mod store;
+
+pub use disk_store::DiskStore;
+pub use error::HostError;
+pub use guest_memory::{GuestMemory, Place};
+pub use process::Process;
+pub use ram_store::RamStore;
+pub use source::{Gone, Source};
+pub use store::{Store, StoreError};

@@ -1,1 +1,31 @@
-//! placeholder
+//! Everything that a new QEMU may change: its command line, QMP, the texts of its monitor.
+//!
+//! Nothing here reads guest memory, and nothing here changes a guest: the commands that can be
+//! sent are the members of [`qmp::Command`] and [`qmp::Hmp`], all of them queries.
+//!
+//! ```text
+//! cmdline   argv -> name, UUID, RAM, monitors        (no monitor is opened)
+//! qmp       socket -> answers, events                (a deadline on everything)
+//! facts     qmp -> version, state, sizes, devices    (typed queries)
+//! mtree, ramblock, gpa2hva                           (strict parsers of monitor texts)
+//! owner     flat range -> what kind of memory it is
+//! view      qmp -> the guest's memory as QEMU sees it
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod cmdline;
+pub mod facts;
+mod frame;
+pub mod gpa2hva;
+pub mod mtree;
+pub mod owner;
+pub mod qmp;
+pub mod ramblock;
+pub mod text;
+pub mod view;
+
+pub use cmdline::CommandLine;
+pub use mtree::FlatViews;
+pub use qmp::{Qmp, QmpError};
+pub use ramblock::RamBlock;
+pub use view::GuestView;

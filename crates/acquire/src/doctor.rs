@@ -1,0 +1,172 @@
+//! What this host allows an acquirer to do, what stands in the way, and the remedy.
+//!
+//! Every check looks at the thing itself and changes nothing; none goes by a version number.
+
+use host::{RamStore, memory, privilege};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How a check came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// Nothing stands in the way.
+    Good,
+    /// Something works less well.
+    Limited,
+    /// Acquisition is not possible.
+    Blocked,
+}
+
+/// One check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Check {
+    /// What was looked at.
+    pub name: String,
+    /// How it came out.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do, when something stands in the way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+impl Check {
+    fn good(name: &str, found: impl Into<String>) -> Self {
+        Self { name: name.into(), verdict: Verdict::Good, found: found.into(), remedy: None }
+    }
+
+    fn bad(name: &str, verdict: Verdict, found: impl Into<String>, remedy: &str) -> Self {
+        Self { name: name.into(), verdict, found: found.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// All checks, the most basic first.
+pub fn examine() -> Vec<Check> {
+    let mut checks = vec![architecture(), rights(), yama(), processes(), ram(), ksm(), swap()];
+    checks.extend(guests());
+    checks
+}
+
+fn architecture() -> Check {
+    if cfg!(target_arch = "x86_64") {
+        Check::good("architecture", "x86-64")
+    } else {
+        Check::bad(
+            "architecture",
+            Verdict::Limited,
+            std::env::consts::ARCH,
+            "methods were measured on x86-64 only; compare an image with QEMU's own dump first",
+        )
+    }
+}
+
+fn rights() -> Check {
+    if privilege::can_ptrace_others() {
+        Check::good("rights", "CAP_SYS_PTRACE: memory of other users' processes can be read")
+    } else {
+        Check::bad(
+            "rights",
+            Verdict::Limited,
+            "no CAP_SYS_PTRACE: only VMs of this user can be read, and only if they are dumpable",
+            "run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH",
+        )
+    }
+}
+
+fn yama() -> Check {
+    match privilege::yama_scope() {
+        Some(3) => Check::bad(
+            "yama",
+            Verdict::Blocked,
+            "kernel.yama.ptrace_scope = 3: nobody may read another process, root included",
+            "it cannot be lowered before a reboot: boot with ptrace_scope 2 or less, or use a \
+             method inside QEMU",
+        ),
+        Some(scope) if scope > 0 && !privilege::can_ptrace_others() => Check::bad(
+            "yama",
+            Verdict::Blocked,
+            format!("kernel.yama.ptrace_scope = {scope}: only CAP_SYS_PTRACE may read others"),
+            "run as root",
+        ),
+        Some(scope) => Check::good("yama", format!("kernel.yama.ptrace_scope = {scope}")),
+        None => Check::good("yama", "not in this kernel"),
+    }
+}
+
+fn processes() -> Check {
+    if privilege::sees_other_users() {
+        Check::good("/proc", "processes of other users are visible")
+    } else {
+        Check::bad(
+            "/proc",
+            Verdict::Limited,
+            "mounted with hidepid: VMs of other users are invisible",
+            "run as root, or in the group that the mount option gid= names",
+        )
+    }
+}
+
+fn ram() -> Check {
+    match RamStore::limit(None) {
+        Ok(limit) => Check::good(
+            "RAM store",
+            format!("may take {} MiB, limited by {}", limit.bytes >> 20, limit.bound),
+        ),
+        Err(error) => Check::bad(
+            "RAM store",
+            Verdict::Limited,
+            format!("its limit cannot be told: {error}"),
+            "--store disk",
+        ),
+    }
+}
+
+fn ksm() -> Check {
+    if privilege::ksm_running() {
+        Check::good("KSM", "on: merged guests are read through /proc/PID/mem, which keeps them so")
+    } else {
+        Check::good("KSM", "off")
+    }
+}
+
+fn swap() -> Check {
+    let used = memory::host_memory().map_or(0, |m| m.swap_total.saturating_sub(m.swap_free));
+    match used {
+        0 => Check::good("swap", "none in use"),
+        bytes => Check::bad(
+            "swap",
+            Verdict::Limited,
+            format!("{} MiB in use: guest pages in it come back when they are read", bytes >> 20),
+            "`stillframe plan VM` shows how much of a VM is swapped out",
+        ),
+    }
+}
+
+/// One line for each VM: whether its process can be read, and whether it has a monitor.
+fn guests() -> Vec<Check> {
+    let Ok(rows) = crate::find::list() else { return Vec::new() };
+    rows.iter()
+        .map(|row| {
+            let name = format!("VM {}", row.name);
+            if !privilege::can_read_memory_of(row.pid) {
+                return Check::bad(
+                    &name,
+                    Verdict::Limited,
+                    format!("PID {}: its memory cannot be opened", row.pid),
+                    "run as root; in a container, with CAP_SYS_PTRACE and the host's PID namespace",
+                );
+            }
+            match row.monitors.as_slice() {
+                [] => Check::bad(
+                    &name,
+                    Verdict::Limited,
+                    format!("PID {}: no QMP socket on its command line", row.pid),
+                    "the map must come from QEMU: start it with -qmp unix:PATH,server=on,wait=off",
+                ),
+                [first, ..] => Check::good(&name, format!("PID {}, monitor {first}", row.pid)),
+            }
+        })
+        .collect()
+}

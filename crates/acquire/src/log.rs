@@ -1,0 +1,116 @@
+//! The journal while it is written: kept in memory until the exhibit has a place, then a file.
+
+use evidence::digest::Digest;
+use evidence::journal::{AppendError, Journal};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+/// A writer that keeps bytes until it is given a file.
+enum Sink {
+    Memory(Vec<u8>),
+    File(File),
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Sink::Memory(kept) => kept.write(bytes),
+            Sink::File(file) => file.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Sink::Memory(_) => Ok(()),
+            Sink::File(file) => file.flush(),
+        }
+    }
+}
+
+struct Inner {
+    journal: Journal<Sink>,
+    /// The first line that could not be written: told when the record is made.
+    failure: Option<AppendError>,
+}
+
+/// Every action with its time. Cheap to clone: the QMP client writes its own lines.
+#[derive(Clone)]
+pub struct Log {
+    origin: Instant,
+    inner: Arc<Mutex<Inner>>,
+}
+
+/// Where the journal ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Digest of the last line.
+    pub digest: Digest,
+    /// Number of lines.
+    pub lines: u64,
+}
+
+impl Log {
+    /// Begins at `origin`, in memory.
+    pub fn begin(origin: Instant) -> Self {
+        let journal = Journal::new(Sink::Memory(Vec::new()));
+        Self { origin, inner: Arc::new(Mutex::new(Inner { journal, failure: None })) }
+    }
+
+    /// The beginning of the acquisition.
+    pub fn origin(&self) -> Instant {
+        self.origin
+    }
+
+    /// Nanoseconds since the beginning.
+    pub fn now_ns(&self) -> u64 {
+        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Writes what was kept to `file` and goes on there.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn move_to(&self, mut file: File) -> io::Result<()> {
+        let mut inner = self.lock();
+        let sink = inner.journal.get_mut();
+        if let Sink::Memory(kept) = sink {
+            file.write_all(kept)?;
+        }
+        *sink = Sink::File(file);
+        Ok(())
+    }
+
+    /// Adds a line. A line that cannot be written is remembered: [`Log::close`] fails then.
+    pub fn add(&self, what: &str, data: impl Serialize) {
+        let data = match serde_json::to_value(data) {
+            Ok(Value::Object(object)) => object,
+            Ok(other) => Map::from_iter([("value".to_owned(), other)]),
+            Err(error) => Map::from_iter([("error".to_owned(), Value::from(error.to_string()))]),
+        };
+        let (now, utc) = (self.now_ns(), host::clock::utc());
+        let mut inner = self.lock();
+        if let Err(error) = inner.journal.append(now, &utc, what, data) {
+            inner.failure.get_or_insert(error);
+        }
+    }
+
+    /// The last line's digest and the number of lines.
+    ///
+    /// # Errors
+    /// The first line that could not be written.
+    pub fn close(&self) -> Result<Head, AppendError> {
+        let mut inner = self.lock();
+        match inner.failure.take() {
+            Some(error) => Err(error),
+            None => Ok(Head { digest: inner.journal.head(), lines: inner.journal.lines() }),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

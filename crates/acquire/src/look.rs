@@ -1,0 +1,288 @@
+//! Find and map: everything that is known before anything is decided. Changes nothing.
+
+use crate::event::{Event, Observer};
+use crate::find::{self, Row, Target};
+use crate::log::Log;
+use crate::map::{self, Located};
+use crate::plan::{self, Facts, OutputFacts, Plan, Refusal};
+use crate::record::VmFacts;
+use crate::{Failure, Request, draft, monitor};
+use evidence::format::{self, Arch, Format};
+use evidence::{GuestRange, MemoryMap};
+use host::{GuestMemory, RamStore};
+use qemu::Qmp;
+use serde_json::json;
+use std::path::Path;
+use std::time::Instant;
+
+/// A VM, looked at.
+pub struct Looked {
+    /// The process.
+    pub target: Target,
+    /// What QEMU says of the VM.
+    pub vm: VmFacts,
+    /// Where its memory is.
+    pub located: Located,
+    /// The way to read it.
+    pub memory: GuestMemory,
+    /// What the decision rests on.
+    pub facts: Facts,
+    /// Blocks that the host has memory for, in address order.
+    pub resident: Vec<GuestRange>,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+    qmp: Qmp,
+}
+
+/// A second look, after the last read.
+pub struct Again {
+    /// Where its memory is now.
+    pub located: Located,
+    /// QEMU's run state now.
+    pub run_state: String,
+}
+
+/// What `plan` shows.
+pub struct Surveyed {
+    /// The VM.
+    pub row: Row,
+    /// What the decision rests on.
+    pub facts: Facts,
+    /// The map.
+    pub map: MemoryMap,
+    /// What would be done, or why nothing.
+    pub decision: Result<Plan, Refusal>,
+}
+
+impl Surveyed {
+    /// The survey as one JSON object.
+    pub fn summary(&self) -> serde_json::Value {
+        let (plan, refusal) = match &self.decision {
+            Ok(plan) => (Some(plan), None),
+            Err(refusal) => (None, Some(refusal)),
+        };
+        json!({ "vm": self.row, "facts": self.facts, "map": self.map, "plan": plan,
+                "refusal": refusal })
+    }
+}
+
+/// Looks and decides, and leaves it at that.
+///
+/// # Errors
+/// [`Failure`] when the VM cannot be looked at.
+pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
+    let looked = look(request, &Log::begin(Instant::now()))?;
+    let decision = plan::choose(&looked.facts, &request.wish);
+    Ok(Surveyed {
+        row: looked.target.row,
+        facts: looked.facts,
+        map: looked.located.map,
+        decision,
+    })
+}
+
+/// Finds the VM and maps its memory. Queries only.
+///
+/// # Errors
+/// [`Failure`].
+pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
+    log.add("begin", json!({ "tool": "stillframe", "version": env!("CARGO_PKG_VERSION"),
+                             "vm": request.vm }));
+    let target = find::one(&request.vm)?;
+    log.add("found", &target.row);
+    let (mut qmp, skipped) = monitor::open(&target, log)?;
+    let mut warnings: Vec<String> =
+        skipped.into_iter().map(|text| format!("monitor skipped: {text}")).collect();
+    let (vm, confidential, migration) = ask(&mut qmp, &target)?;
+    if let Some(what) = confidential {
+        let facts = Facts { confidential: Some(what), ..Facts::default() };
+        return Err(Failure::Refused(refusal_of(&facts, request)));
+    }
+    let (located, memory) = map::locate(&mut qmp, &target.process)?;
+    let blocks = evidence::block::cut(&located.map).map_err(|error| {
+        Failure::Refused(Refusal { reason: error.to_string(), remedies: Vec::new() })
+    })?;
+    let resident = memory.resident(&blocks)?;
+    let facts = facts(request, &target, &vm, migration, &located, &memory)?;
+    log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
+    if memory.reads_around_ksm() {
+        warnings.push("KSM may have merged pages: memory is read the slower way that keeps them so"
+            .to_owned());
+    }
+    Ok(Looked { target, vm, located, memory, facts, resident, warnings, qmp })
+}
+
+/// The refusal that `facts` lead to; they always do.
+fn refusal_of(facts: &Facts, request: &Request) -> Refusal {
+    plan::choose(facts, &request.wish).err().unwrap_or(Refusal {
+        reason: "the guest's memory is hidden from the host".to_owned(),
+        remedies: Vec::new(),
+    })
+}
+
+/// What QEMU says of the VM, why its memory is hidden, and whether it is moving.
+fn ask(
+    qmp: &mut Qmp,
+    target: &Target,
+) -> Result<(VmFacts, Option<String>, Option<String>), Failure> {
+    let monitor = qmp.path().display().to_string();
+    let mut facts = qemu::facts::Facts::of(qmp, monitor::QUERY);
+    let version = facts.version()?;
+    let number = version.qemu;
+    let kvm = facts.kvm()?.enabled;
+    let nil = "00000000-0000-0000-0000-000000000000";
+    let vm = VmFacts {
+        qemu_version: format!(
+            "{}.{}.{} {}",
+            number.major,
+            number.minor,
+            number.micro,
+            version.package
+        )
+        .trim_end()
+        .to_owned(),
+        machine: facts.machine_type()?,
+        name: facts.name()?,
+        uuid: Some(facts.uuid()?).filter(|uuid| uuid != nil),
+        arch: facts.arch()?,
+        cpus: u32::try_from(facts.cpus()?).unwrap_or(u32::MAX),
+        accelerator: if kvm { "kvm".to_owned() } else { target.row.accelerator.clone() },
+        run_state: facts.status()?.status,
+        monitor,
+    };
+    let under_way = ["setup", "active", "device", "pre-switchover", "wait-unplug", "colo"];
+    let migration = facts
+        .migration()?
+        .filter(|status| under_way.contains(&status.as_str()) || status.starts_with("postcopy"));
+    Ok((vm, facts.confidential()?, migration))
+}
+
+fn facts(
+    request: &Request,
+    target: &Target,
+    vm: &VmFacts,
+    migration: Option<String>,
+    located: &Located,
+    memory: &GuestMemory,
+) -> Result<Facts, Failure> {
+    let usage = memory.usage()?;
+    let limit = RamStore::limit(request.max_ram).map_err(|error| match error {
+        host::StoreError::Host(error) => Failure::Host(error),
+        other => Failure::Refused(Refusal { reason: other.to_string(), remedies: Vec::new() }),
+    })?;
+    let output = match &request.output {
+        Some(path) => Some(output_facts(path, target)?),
+        None => None,
+    };
+    let unfit = format::encode(request.wish.format, arch(&vm.arch), &located.map, &[]);
+    Ok(Facts {
+        run_state: vm.run_state.clone(),
+        confidential: None,
+        migration,
+        image_bytes: located.map.imaged_len(),
+        resident_bytes: usage.iter().map(|u| u.resident).sum(),
+        swapped_bytes: usage.iter().map(|u| u.swapped).sum(),
+        available_bytes: host::memory::host_memory()?.available,
+        ram_limit_bytes: limit.bytes,
+        ram_limit_by: limit.bound.to_string(),
+        output,
+        format_unfit: unfit.err().map(|error| error.to_string()),
+    })
+}
+
+/// Room on the output's filesystem, and whether the VM's disks lie on it too.
+fn output_facts(path: &Path, target: &Target) -> Result<OutputFacts, Failure> {
+    host::exhibit_dir::check_parent(path)
+        .map_err(|cause| Failure::Output { path: path.to_owned(), cause })?;
+    let system = host::fs::file_system(path)?;
+    // A process whose descriptors cannot be listed cannot be read either: that is refused before.
+    let disks = target.process.disks().unwrap_or_default();
+    let vm_disk = disks
+        .iter()
+        .find(|fd| fd.file.dev == system.dev && fd.writable)
+        .map(|fd| String::from_utf8_lossy(&fd.link).into_owned());
+    Ok(OutputFacts {
+        path: path.display().to_string(),
+        free_bytes: system.free,
+        total_bytes: system.total,
+        vm_disk,
+    })
+}
+
+/// The architecture that an ELF image of the guest says.
+pub fn arch(word: &str) -> Arch {
+    if word == "aarch64" { Arch::Aarch64 } else { Arch::X86_64 }
+}
+
+impl Looked {
+    /// Tells who was found.
+    pub fn tell(&self, observer: &dyn Observer) {
+        observer.event(Event::Found {
+            name: self.target.row.name.clone(),
+            uuid: self.vm.uuid.clone(),
+            pid: self.target.row.pid,
+            monitor: self.vm.monitor.clone(),
+        });
+        for text in &self.warnings {
+            observer.event(Event::Warning { text: text.clone() });
+        }
+    }
+
+    /// Tells what was decided.
+    pub fn tell_plan(&self, plan: &Plan, observer: &dyn Observer) {
+        observer.event(Event::Plan {
+            method: plan.method.word().to_owned(),
+            class: plan.class,
+            store: plan.store.word().to_owned(),
+            format: plan.format.to_string(),
+            image_bytes: self.facts.image_bytes,
+            resident_bytes: self.facts.resident_bytes,
+            output_bytes: plan.output_bytes,
+        });
+        for text in &plan.warnings {
+            observer.event(Event::Warning { text: text.clone() });
+        }
+    }
+
+    /// The same look once more: the same process, the same monitor, the map taken anew.
+    ///
+    /// # Errors
+    /// [`Failure`], also when the process is not the one that was found.
+    pub fn again(&mut self) -> Result<Again, Failure> {
+        let process = &self.target.process;
+        if !process.alive() || !process.still_same() {
+            return Err(Failure::Host(host::HostError::Exited { pid: process.pid() }));
+        }
+        self.memory.begin_pass()?;
+        let (located, _) = map::locate(&mut self.qmp, process)?;
+        let run_state =
+            qemu::facts::Facts::of(&mut self.qmp, monitor::QUERY).status()?.status;
+        Ok(Again { located, run_state })
+    }
+
+    /// How each imaged region is read.
+    pub fn readers(&self) -> Vec<(GuestRange, &'static str)> {
+        self.memory
+            .places()
+            .iter()
+            .map(|held| (held.place().range, held.reader().word()))
+            .collect()
+    }
+
+    /// The exhibit's name.
+    pub fn exhibit_name(&self, utc: &str, record_id: &str) -> String {
+        draft::name(&self.target.row.name, utc, record_id)
+    }
+
+    /// The image's layout.
+    ///
+    /// # Errors
+    /// The map does not fit the format; `plan` has refused that before.
+    pub fn layout(
+        &self,
+        format: Format,
+        notes: &[evidence::format::Note],
+    ) -> Result<evidence::format::Layout, evidence::format::FormatError> {
+        format::encode(format, arch(&self.vm.arch), &self.located.map, notes)
+    }
+}

@@ -1,0 +1,510 @@
+//! The record: what happened, put into the manifest. Every number here was measured.
+
+use crate::copy::Cell;
+use crate::find::Target;
+use crate::log::Log;
+use crate::method::process::{Pass, changed_pages};
+use crate::plan::Plan;
+use crate::{CaseNotes, Request};
+use evidence::digest::{Digest, Hasher};
+use evidence::manifest::{
+    self, Change, Clock, FileRecord, Footprint, Host, JournalFile, Loss, LossKind, Manifest,
+    MapCheck, Operator, StateBytes, Stable, Status, Tool, VOLATILE, Vm,
+};
+use evidence::record::Span;
+use evidence::state::pages;
+use evidence::{GuestRange, MemoryMap, PageState};
+use host::source::Faults;
+use serde_json::{Map, Value, json};
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+/// What QEMU says of the VM.
+#[derive(Clone, Debug, Default)]
+pub struct VmFacts {
+    /// QEMU's version and package.
+    pub qemu_version: String,
+    /// The machine type.
+    pub machine: String,
+    /// The VM's name, when QEMU has one.
+    pub name: Option<String>,
+    /// The VM's UUID, when it has one.
+    pub uuid: Option<String>,
+    /// QEMU's target: `x86_64`.
+    pub arch: String,
+    /// Number of virtual CPUs.
+    pub cpus: u32,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The run state.
+    pub run_state: String,
+    /// The monitor's path.
+    pub monitor: String,
+}
+
+/// What is measured before and after.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Measure {
+    rss: Option<u64>,
+    page_tables: Option<u64>,
+    swapped: Option<u64>,
+    available: Option<u64>,
+}
+
+impl Measure {
+    /// Looks at the process and the host now.
+    pub fn take(process: &host::Process) -> Self {
+        let memory = process.memory().ok();
+        Self {
+            rss: memory.map(|m| m.rss),
+            page_tables: memory.map(|m| m.page_tables),
+            swapped: memory.map(|m| m.swap),
+            available: host::memory::host_memory().ok().map(|m| m.available),
+        }
+    }
+}
+
+/// Everything that the manifest is made from, in the order in which it becomes known.
+pub struct Story<'a> {
+    /// What was asked for.
+    pub request: &'a Request,
+    /// The journal.
+    pub log: &'a Log,
+    /// UTC at the beginning.
+    pub began: host::clock::Moment,
+    /// The record's id.
+    pub record_id: &'a str,
+    /// The VM's process.
+    pub target: &'a Target,
+    /// What QEMU says of the VM.
+    pub vm: &'a VmFacts,
+    /// The map before the first read.
+    pub map: &'a MemoryMap,
+    /// What was decided.
+    pub plan: &'a Plan,
+    /// Before the first read.
+    pub before: Measure,
+    /// After the last read.
+    pub after: Measure,
+    /// How each imaged region was read, in the reader's word.
+    pub readers: Vec<(GuestRange, &'static str)>,
+    /// The passes.
+    pub passes: Vec<Pass>,
+    /// Ranges that were never reached.
+    pub not_reached: Vec<GuestRange>,
+    /// Pages that could not be read.
+    pub faults: Faults,
+    /// The map texts.
+    pub map_check: MapCheck,
+    /// The first difference between the maps.
+    pub map_difference: Option<String>,
+    /// QEMU's run state after the last read.
+    pub run_state_after: Option<String>,
+    /// Worker threads.
+    pub workers: usize,
+    /// Bytes that the store took.
+    pub store_bytes: Option<u64>,
+    /// What the operator was warned of.
+    pub warnings: Vec<String>,
+    /// Why it ended early.
+    pub end_reason: Option<String>,
+}
+
+/// What sealing gave.
+pub struct Sealed {
+    /// The image.
+    pub image: manifest::Image,
+    /// The block records.
+    pub blocks: manifest::BlocksFile,
+    /// The memory root.
+    pub memory_root: Digest,
+}
+
+impl Story<'_> {
+    /// The manifest. `cells` are the blocks that were reached; `sealed` is absent when there is no
+    /// image.
+    pub fn manifest(
+        &self,
+        cells: &[Cell],
+        sealed: Option<Sealed>,
+        journal: JournalFile,
+    ) -> Manifest {
+        let has_image = sealed.is_some();
+        let (image, blocks, memory_root) = match sealed {
+            Some(s) => (Some(s.image), Some(s.blocks), Some(s.memory_root)),
+            None => (None, None, None),
+        };
+        let status = match (&self.end_reason, self.passes.is_empty() && !has_image) {
+            (None, _) => Status::Complete,
+            (Some(_), true) => Status::Failed,
+            (Some(_), false) => Status::Partial,
+        };
+        Manifest {
+            schema: manifest::SCHEMA.to_owned(),
+            record_id: self.record_id.to_owned(),
+            status,
+            end_reason: self.end_reason.clone(),
+            class: self.plan.class,
+            method: self.plan.method,
+            tau: None,
+            case: case(&self.request.case),
+            operator: operator(),
+            clock: self.clock(),
+            tool: tool(),
+            host: host(),
+            vm: self.vm_record(),
+            map: self.map.clone(),
+            map_check: self.map_check.clone(),
+            parameters: self.parameters(),
+            window: self.window(cells),
+            passes: self.passes.iter().map(|pass| self.pass(pass)).collect(),
+            stable: if has_image { stable(cells) } else { None },
+            states: if has_image { states(cells) } else { StateBytes::default() },
+            losses: self.losses(cells, has_image),
+            store: self.plan.store,
+            image,
+            memory_root,
+            blocks,
+            journal,
+            attachments: Vec::new(),
+            footprint: self.footprint(),
+            changes_made: self.changes(),
+            caveats: self.caveats(),
+            limitations: limitations(),
+            warnings: self.warnings.clone(),
+        }
+    }
+
+    fn clock(&self) -> Clock {
+        let end = host::clock::now();
+        let sync = host::clock::sync().ok();
+        Clock {
+            utc_start: self.began.utc.clone(),
+            utc_end: end.utc.clone(),
+            mono_end_ns: self.log.now_ns(),
+            synchronised: sync.map(|s| s.synchronised),
+            estimated_error_us: sync.map(|s| s.estimated_error_us),
+            max_error_us: sync.map(|s| s.max_error_us),
+            step_us: host::clock::step_us(&self.began, &end),
+            local_offset_s: Some(host::clock::local_offset_s()),
+        }
+    }
+
+    fn vm_record(&self) -> Vm {
+        let target = self.target;
+        Vm {
+            name: self.vm.name.clone().or_else(|| target.cmdline.name.clone()).unwrap_or_default(),
+            uuid: self.vm.uuid.clone(),
+            pid: target.row.pid,
+            start_time_ticks: target.process.start_time(),
+            exe: target.row.exe.clone(),
+            exe_sha256: file_digest(Path::new(&format!("/proc/{}/exe", target.row.pid))).ok(),
+            qemu_version: self.vm.qemu_version.clone(),
+            machine: self.vm.machine.clone(),
+            arch: self.vm.arch.clone(),
+            accelerator: self.vm.accelerator.clone(),
+            cpus: self.vm.cpus,
+            cmdline: redacted(&target.argv),
+            monitor: self.vm.monitor.clone(),
+            run_state_before: self.vm.run_state.clone(),
+            run_state_after: self.run_state_after.clone(),
+        }
+    }
+
+    fn parameters(&self) -> Map<String, Value> {
+        let wish = &self.request.wish;
+        let readers: Vec<Value> = self
+            .readers
+            .iter()
+            .map(|(range, word)| json!({ "range": range.to_string(), "reader": word }))
+            .collect();
+        let value = json!({
+            "passes": 2,
+            "workers": self.workers,
+            "max_rate_bytes_per_s": self.request.max_rate,
+            "max_ram_bytes": self.request.max_ram,
+            "stall_budget_ms": u64::try_from(wish.stall_budget.as_millis()).unwrap_or(u64::MAX),
+            "swap_in": wish.swap_in,
+            "force_output": wish.force_output,
+            "why": self.plan.why,
+            "store_why": self.plan.store_why,
+            "rejected": self.plan.rejected,
+            "readers": readers,
+        });
+        match value {
+            Value::Object(object) => object,
+            _ => Map::new(),
+        }
+    }
+
+    /// From the first to the last read of any block, whether its pass ended or not.
+    fn window(&self, cells: &[Cell]) -> Option<Span> {
+        let spans = cells.iter().flat_map(|cell| [Some(cell.stored), cell.earlier]).flatten();
+        spans.chain(self.passes.iter().map(|pass| pass.span)).reduce(Span::join)
+    }
+
+    fn pass(&self, pass: &Pass) -> manifest::Pass {
+        manifest::Pass {
+            n: pass.n,
+            t0_ns: pass.span.t0_ns,
+            t1_ns: pass.span.t1_ns,
+            bytes: pass.bytes,
+        }
+    }
+
+    /// Unreadable pages and what was not reached, in address order, neighbours merged.
+    fn losses(&self, cells: &[Cell], has_image: bool) -> Vec<Loss> {
+        if !has_image {
+            return Vec::new();
+        }
+        let reason = fault_reason(&self.faults);
+        let unreadable = cells.iter().flat_map(|cell| {
+            pages(cell.block)
+                .zip(&cell.states)
+                .filter(|(_, state)| **state == PageState::Unreadable)
+                .map(|(page, _)| (page, LossKind::Unreadable))
+        });
+        let not_reached = self.not_reached.iter().map(|range| (*range, LossKind::NotReached));
+        let mut all: Vec<(GuestRange, LossKind)> = unreadable.chain(not_reached).collect();
+        all.sort_by_key(|(range, _)| range.start());
+        let mut merged: Vec<(GuestRange, LossKind)> = Vec::new();
+        for (range, kind) in all {
+            let joined = merged.last().and_then(|(last, last_kind)| {
+                let touches = last.end() == range.start() && *last_kind == kind;
+                let joined = GuestRange::from_ends(last.start(), range.end())?;
+                (touches && self.map.find(joined).is_some()).then_some(joined)
+            });
+            match (joined, merged.last_mut()) {
+                (Some(joined), Some(last)) => last.0 = joined,
+                _ => merged.push((range, kind)),
+            }
+        }
+        merged.truncate(manifest::MAX_LOSSES);
+        let not_reached = self.end_reason.clone().unwrap_or_else(|| "not reached".to_owned());
+        merged
+            .into_iter()
+            .map(|(range, kind)| Loss {
+                gpa: range.start(),
+                len: range.len(),
+                kind,
+                reason: match kind {
+                    LossKind::NotReached => not_reached.clone(),
+                    _ => reason.clone(),
+                },
+            })
+            .collect()
+    }
+
+    fn footprint(&self) -> Footprint {
+        let peak = host::memory::peak_rss().ok();
+        // The RAM store's pages count as resident memory of ours; the figure is without them.
+        let in_ram = (self.plan.store == manifest::StoreKind::Ram).then_some(self.store_bytes);
+        Footprint {
+            qemu_rss_before: self.before.rss,
+            qemu_rss_after: self.after.rss,
+            qemu_page_tables_before: self.before.page_tables,
+            qemu_page_tables_after: self.after.page_tables,
+            swapped_before: self.before.swapped,
+            swapped_after: self.after.swapped,
+            host_available_before: self.before.available,
+            host_available_after: host::memory::host_memory().ok().map(|m| m.available),
+            tool_peak_rss: peak
+                .map(|peak| peak.saturating_sub(in_ram.flatten().unwrap_or_default())),
+            store_bytes: self.store_bytes,
+        }
+    }
+
+    fn changes(&self) -> Vec<Change> {
+        let mut changes = vec![Change {
+            what: "queries were sent to QEMU's monitor, each of them in the journal; nothing was \
+                   changed by them"
+                .to_owned(),
+            why: "only QEMU knows the guest's memory map".to_owned(),
+        }];
+        if let (Some(before), Some(after)) = (self.before.swapped, self.after.swapped)
+            && after < before
+        {
+            changes.push(Change {
+                what: format!("{} bytes of QEMU's memory came back from swap", before - after),
+                why: "memory that is swapped out can only be read by bringing it back".to_owned(),
+            });
+        }
+        changes
+    }
+
+    fn caveats(&self) -> Vec<String> {
+        let mut caveats = vec![
+            "live: the guest ran while its memory was read; pages that differ between the two \
+             passes are listed in the block records, a page that changed and changed back between \
+             them is not seen"
+                .to_owned(),
+        ];
+        if let Some(difference) = &self.map_difference {
+            caveats.push(format!("the memory map changed during the acquisition: {difference}"));
+        }
+        caveats
+    }
+}
+
+/// What the kernel said of the pages that could not be read: each error once.
+fn fault_reason(faults: &Faults) -> String {
+    let mut texts: Vec<String> = Vec::new();
+    for fault in &faults.list {
+        let text = match fault.errno {
+            0 => "the file behind the memory ends before it".to_owned(),
+            number => io::Error::from_raw_os_error(number).to_string(),
+        };
+        if !texts.contains(&text) {
+            texts.push(text);
+        }
+    }
+    if texts.is_empty() { "the host could not read it".to_owned() } else { texts.join("; ") }
+}
+
+fn limitations() -> Vec<String> {
+    [
+        VOLATILE,
+        "vCPU registers and device state are not part of this image.",
+        "Memory that the chipset hides under overlays (legacy VGA hole, SMRAM), ROM devices (pflash) \
+         and NVDIMMs are not in this image; the map names them where QEMU shows them.",
+        "Pages in state hole had no memory behind them on the host; whether the guest never touched \
+         them or gave them back cannot be told from the host.",
+        "Whoever has the host's root rights can forge what this tool was shown.",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+fn case(notes: &CaseNotes) -> manifest::Case {
+    manifest::Case {
+        number: notes.number.clone(),
+        exhibit: notes.exhibit.clone(),
+        examiner: notes.examiner.clone(),
+        authority: notes.authority.clone(),
+    }
+}
+
+fn operator() -> Operator {
+    let facts = host::facts::host_facts().ok();
+    Operator {
+        uid: facts.as_ref().map_or(u32::MAX, |f| f.uid),
+        euid: facts.as_ref().map_or(u32::MAX, |f| f.euid),
+        gid: host::facts::gid(),
+        loginuid: facts.as_ref().and_then(|f| f.login_uid),
+        user: facts.and_then(|f| f.user),
+        sudo_user: std::env::var("SUDO_USER").ok(),
+        tty: host::facts::tty(),
+    }
+}
+
+fn tool() -> Tool {
+    Tool {
+        name: "stillframe".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        exe_sha256: file_digest(Path::new("/proc/self/exe")).ok(),
+        argv: std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+    }
+}
+
+fn host() -> Host {
+    let facts = host::facts::host_facts().ok();
+    let text = |of: fn(&host::facts::HostFacts) -> &String| {
+        facts.as_ref().map_or_else(String::new, |facts| of(facts).clone())
+    };
+    Host {
+        hostname: text(|f| &f.hostname),
+        kernel: text(|f| &f.kernel),
+        machine: text(|f| &f.machine),
+        distribution: host::facts::distribution(),
+        boot_id: text(|f| &f.boot_id),
+        cpus: u32::try_from(crate::cpus()).unwrap_or(u32::MAX),
+        mem_total: host::memory::host_memory().map_or(0, |m| m.total),
+    }
+}
+
+/// QEMU's arguments for the record. Passwords can stand in `password=` and `secret` objects.
+fn redacted(argv: &[Vec<u8>]) -> Vec<String> {
+    argv.iter()
+        .map(|arg| {
+            let text = String::from_utf8_lossy(arg);
+            let parts: Vec<String> = text
+                .split(',')
+                .map(|part| match part.split_once('=') {
+                    Some((key @ ("password" | "data"), _)) if is_secret(key, &text) => {
+                        format!("{key}=(not recorded)")
+                    }
+                    _ => part.to_owned(),
+                })
+                .collect();
+            parts.join(",")
+        })
+        .collect()
+}
+
+/// `password` anywhere; `data` only in `-object secret,...`, where it is the secret itself.
+fn is_secret(key: &str, argument: &str) -> bool {
+    key == "password" || argument.starts_with("secret")
+}
+
+/// How far the two reads of the blocks agreed: pages known in the second read of a block that was
+/// read twice.
+fn stable(cells: &[Cell]) -> Option<Stable> {
+    let mut equal = 0u64;
+    let mut changed = 0u64;
+    for cell in cells.iter().filter(|cell| cell.earlier.is_some()) {
+        let pages = u64::try_from(cell.states.len()).unwrap_or(u64::MAX);
+        let differ = changed_pages(cell);
+        changed = changed.saturating_add(differ);
+        equal = equal.saturating_add(pages.saturating_sub(differ));
+    }
+    Stable::new(equal, changed)
+}
+
+fn states(cells: &[Cell]) -> StateBytes {
+    let mut bytes = StateBytes::default();
+    for cell in cells {
+        for (page, state) in pages(cell.block).zip(&cell.states) {
+            bytes.add(*state, page.len());
+        }
+    }
+    bytes
+}
+
+/// SHA-256 of a file.
+pub fn file_digest(path: &Path) -> io::Result<Digest> {
+    let mut hasher = Hasher::default();
+    io::copy(&mut File::open(path)?, &mut hasher)?;
+    Ok(hasher.finish())
+}
+
+/// A small file of the exhibit, as the manifest names it.
+pub fn file_record(file: &str, bytes: &[u8]) -> FileRecord {
+    FileRecord {
+        file: file.to_owned(),
+        len: u64::try_from(bytes.len()).unwrap_or(u64::MAX),
+        sha256: evidence::digest::sha256(bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_of_the_command_line_are_not_recorded() {
+        let argv = [
+            "-object",
+            "secret,id=s0,data=hunter2,format=raw",
+            "-spice",
+            "port=1,password=hunter2",
+            "-drive",
+            "file=data=x,if=virtio",
+        ];
+        let argv: Vec<Vec<u8>> = argv.iter().map(|arg| arg.as_bytes().to_vec()).collect();
+        let text = redacted(&argv).join(" ");
+        assert!(!text.contains("hunter2"), "{text}");
+        assert!(text.contains("file=data=x,if=virtio"), "{text}");
+    }
+}

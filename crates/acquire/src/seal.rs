@@ -1,0 +1,304 @@
+//! Seal: the store's bytes become the image, and every byte of it gets its digest.
+//!
+//! The same loop as capture, from the store to the image. With a disk store the image *is* the
+//! store: blocks are read back, hashed and their zero pages given back to the filesystem.
+
+use crate::copy::{self, Cell, Changed, Cut, Setting};
+use crate::event::{Event, Observer, Phase};
+use crate::guard::Guarded;
+use crate::method::process::{bit, page_runs, page_spans};
+use crate::stop::Stop;
+use evidence::digest::{Digest, Hasher, HashingWriter, MemoryRoot, other_bytes_sha256, sha256};
+use evidence::exhibit;
+use evidence::format::Layout;
+use evidence::manifest::Manifest;
+use evidence::record::{BlockRecord, PageRun, RecordError, RecordWriter};
+use evidence::sums::{self, Sum};
+use evidence::{GuestRange, PageState};
+use host::exhibit_dir::ExhibitError;
+use host::{DiskStore, Store};
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+/// Why sealing failed. The guest is not involved any more.
+#[derive(Debug, thiserror::Error)]
+pub enum SealError {
+    /// The store did not give a block.
+    #[error("cannot read the store at {at}")]
+    Store {
+        /// The block.
+        at: GuestRange,
+        /// What the system said.
+        #[source]
+        cause: io::Error,
+    },
+    /// The image did not take bytes.
+    #[error("cannot write the image at {at}")]
+    Image {
+        /// The block.
+        at: GuestRange,
+        /// What the system said.
+        #[source]
+        cause: io::Error,
+    },
+    /// The image did not take its head.
+    #[error("cannot write the image's {what}")]
+    Piece {
+        /// The piece.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        cause: io::Error,
+    },
+    /// A file of the exhibit could not be made.
+    #[error("cannot make {name}")]
+    File {
+        /// The file.
+        name: &'static str,
+        /// Why.
+        #[source]
+        cause: ExhibitError,
+    },
+    /// The image could not be made durable, or read back for its digest.
+    #[error("cannot {what} the image")]
+    Whole {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        cause: io::Error,
+    },
+    /// The block records were not taken.
+    #[error("cannot write the block records")]
+    Records(#[from] RecordError),
+}
+
+/// Where the image is written.
+pub enum Image<'a> {
+    /// A file beside the store.
+    Apart(&'a DiskStore),
+    /// The store is the image.
+    InPlace(&'a DiskStore),
+}
+
+/// Hashes every block and brings it into the image.
+///
+/// # Errors
+/// [`Cut`].
+pub fn blocks(
+    cells: &mut [Cell],
+    store: &dyn Store,
+    image: &Image<'_>,
+    setting: &Setting<'_>,
+) -> Result<(), Cut<SealError>> {
+    copy::each(cells, setting, |cell, scratch| {
+        let (bytes, _, _) = scratch.parts(cell.block);
+        store.get(cell.block, bytes).map_err(|cause| SealError::Store { at: cell.block, cause })?;
+        note_zeros(cell, bytes);
+        cell.digest = sha256(bytes);
+        write(cell, bytes, image).map_err(|cause| SealError::Image { at: cell.block, cause })
+    })
+}
+
+/// A page that was read and holds only zeros is `zero`.
+fn note_zeros(cell: &mut Cell, bytes: &[u8]) {
+    for (state, span) in cell.states.iter_mut().zip(page_spans(cell.block)) {
+        if *state == PageState::Data && bytes.get(span).is_some_and(is_zero) {
+            *state = PageState::Zero;
+        }
+    }
+}
+
+/// Whether all bytes are zero.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<64>();
+    words.iter().all(|word| word == &[0; 64]) && rest.iter().all(|&byte| byte == 0)
+}
+
+fn write(cell: &Cell, bytes: &[u8], image: &Image<'_>) -> io::Result<()> {
+    let is_data = |page: usize| cell.states.get(page).is_some_and(|state| state.has_bytes());
+    let at = |run: &std::ops::Range<usize>| {
+        GuestRange::new(cell.block.start() + run.start as u64, (run.end - run.start) as u64)
+    };
+    let (file, data, holes) = match image {
+        Image::Apart(file) => (file, page_runs(cell.block, is_data), Vec::new()),
+        Image::InPlace(file) => {
+            (file, Vec::new(), page_runs(cell.block, |page| !is_data(page)))
+        }
+    };
+    for run in data {
+        if let (Some(at), Some(bytes)) = (at(&run), bytes.get(run)) {
+            file.put(at, bytes)?;
+        }
+    }
+    for run in holes {
+        if let Some(at) = at(&run) {
+            file.punch(at)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes what the image holds beside memory: headers and notes. Gives back their digest, as
+/// [`evidence::verify`] computes it.
+///
+/// # Errors
+/// [`SealError::Piece`].
+pub fn pieces(layout: &Layout, image: &DiskStore) -> Result<Digest, SealError> {
+    for piece in &layout.pieces {
+        image
+            .put_at(piece.offset, &piece.bytes)
+            .map_err(|cause| SealError::Piece { what: piece.what, cause })?;
+    }
+    Ok(other_bytes_sha256(layout))
+}
+
+/// Gives the image its length and brings it to the disk.
+///
+/// # Errors
+/// [`SealError::Whole`].
+pub fn finish(image: &DiskStore, len: u64) -> Result<(), SealError> {
+    let whole = |what| move |cause| SealError::Whole { what, cause };
+    image.file().set_len(len).map_err(whole("size"))?;
+    image.sync().map_err(whole("sync"))
+}
+
+/// SHA-256 of the whole image, for `sha256sum -c`: read back from the file, so it is the digest of
+/// what the disk holds.
+///
+/// # Errors
+/// [`Cut`].
+pub fn file_digest(
+    image: &DiskStore,
+    len: u64,
+    tell: &dyn Observer,
+    stop: &Stop,
+) -> Result<Digest, Cut<SealError>> {
+    let mut hasher = Hasher::default();
+    let mut buffer = vec![0u8; 1 << 20];
+    let mut done = 0u64;
+    let mut told = Instant::now();
+    while done < len {
+        if stop.asked() {
+            return Err(Cut::Stopped);
+        }
+        let want = usize::try_from(len - done).map_or(buffer.len(), |left| left.min(buffer.len()));
+        let Some(piece) = buffer.get_mut(..want) else { break };
+        image
+            .read_at(done, piece)
+            .map_err(|cause| Cut::Failed(SealError::Whole { what: "read back", cause }))?;
+        hasher.update(piece);
+        done += want as u64;
+        if told.elapsed() >= Duration::from_millis(200) || done == len {
+            told = Instant::now();
+            tell.event(Event::Progress {
+                phase: Phase::FileDigest,
+                pass: None,
+                done_bytes: done,
+                total_bytes: len,
+            });
+        }
+    }
+    Ok(hasher.finish())
+}
+
+/// The text of SHA256SUMS: every file that is written and digested, the manifest's bytes given.
+///
+/// # Errors
+/// A file could not be read back.
+pub fn sums(
+    manifest: &Manifest,
+    bytes: &[u8],
+    guarded: &Guarded,
+) -> Result<String, ExhibitError> {
+    let mut sums: Vec<Sum> = manifest
+        .files()
+        .map(|file| Sum { name: file.file.clone(), sha256: file.sha256 })
+        .collect();
+    sums.push(Sum { name: exhibit::MANIFEST.to_owned(), sha256: sha256(bytes) });
+    sums.push(Sum {
+        name: exhibit::JOURNAL.to_owned(),
+        sha256: guarded.digest_of(exhibit::JOURNAL)?,
+    });
+    if let Some(blocks) = &manifest.blocks {
+        sums.push(Sum { name: blocks.file.clone(), sha256: blocks.sha256 });
+    }
+    if let Some(image) = &manifest.image
+        && let Some(sha256) = image.sha256
+    {
+        sums.push(Sum { name: image.file.clone(), sha256 });
+    }
+    Ok(sums::write(sums))
+}
+
+/// What the block records come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Records {
+    /// Number of blocks.
+    pub count: u64,
+    /// Digest of the compressed file.
+    pub sha256: Digest,
+    /// Length of the compressed file in bytes.
+    pub len: u64,
+    /// The memory root.
+    pub memory_root: Digest,
+}
+
+/// Writes the block records in address order.
+///
+/// # Errors
+/// [`SealError::Records`].
+pub fn records(cells: &[Cell], out: impl Write) -> Result<Records, SealError> {
+    let mut root = MemoryRoot::default();
+    let mut writer =
+        RecordWriter::new(HashingWriter::new(out)).map_err(RecordError::from)?;
+    for cell in cells {
+        let record = record(cell);
+        root.add(cell.block, record.known(), cell.digest);
+        writer.push(&record)?;
+    }
+    let (hashing, count) = writer.finish().map_err(RecordError::from)?;
+    let (mut out, sha256, len) = hashing.finish();
+    out.flush().map_err(RecordError::from)?;
+    Ok(Records { count, sha256, len, memory_root: root.finish() })
+}
+
+fn record(cell: &Cell) -> BlockRecord {
+    BlockRecord {
+        range: cell.block,
+        runs: evidence::state::runs(&cell.states),
+        sha256: cell.digest,
+        read: cell.stored,
+        pass: cell.pass,
+        earlier: cell.earlier,
+        first: cell.first.as_deref().copied(),
+        changed: cell.changed.as_deref().map(page_runs_of).unwrap_or_default(),
+    }
+}
+
+/// Set bits as runs of pages.
+fn page_runs_of(changed: &Changed) -> Vec<PageRun> {
+    let mut runs: Vec<PageRun> = Vec::new();
+    let pages = u32::try_from(changed.len() * 64).unwrap_or(0);
+    for page in (0..pages).filter(|&page| bit(changed, page as usize)) {
+        match runs.last_mut() {
+            Some(PageRun(first, count)) if *first + *count == page => *count += 1,
+            _ => runs.push(PageRun(page, 1)),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_become_runs() {
+        let mut changed = Changed::default();
+        for page in [0, 1, 63, 64, 256] {
+            changed[page / 64] |= 1 << (page % 64);
+        }
+        assert_eq!(page_runs_of(&changed), [PageRun(0, 2), PageRun(63, 2), PageRun(256, 1)]);
+    }
+}

@@ -1,0 +1,269 @@
+//! The command line, as clap reads it. Values are checked for form only; meaning is given to them
+//! once, where a verb builds its request.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Forensically sound memory images of QEMU/KVM virtual machines, from the host.
+#[derive(Debug, Parser)]
+#[command(name = "stillframe", version, about, max_term_width = 100)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Show the VMs on this host; opens no monitor
+    List(List),
+    /// Show what would be done, why, and why not otherwise; changes nothing
+    Plan(Plan),
+    /// Take an image of a running VM's memory
+    Acquire(Acquire),
+    /// Check an exhibit; names wrong blocks by address; writes nothing
+    Verify(Verify),
+    /// Show what this host allows, what stands in the way, and the remedy
+    Doctor(Doctor),
+}
+
+/// `list`.
+#[derive(Debug, clap::Args)]
+pub struct List {
+    /// One JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Doctor {
+    /// One JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `verify`.
+#[derive(Debug, clap::Args)]
+pub struct Verify {
+    /// The exhibit's directory
+    pub exhibit: PathBuf,
+    /// The verdict as one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Threads that read and hash; default: one a CPU
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// The flags that `plan` and `acquire` share.
+#[derive(Debug, clap::Args)]
+pub struct How {
+    /// The VM: name, UUID, PID, or the path of a QMP socket (then that monitor is used)
+    pub vm: String,
+    /// How memory is read; default: chosen by what the host allows
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub method: Option<MethodArg>,
+    /// What the image must show when no method is named
+    #[arg(long, value_enum, default_value = "point-in-time")]
+    pub consistency: ConsistencyArg,
+    /// The longest stall of the guest that is allowed: 100ms, 2s
+    #[arg(long, value_parser = duration, default_value = "100ms", value_name = "TIME")]
+    pub stall_budget: Duration,
+    /// The image's format
+    #[arg(long, value_enum, default_value = "elf")]
+    pub format: FormatArg,
+    /// Where captured bytes rest first; default: ram when they fit, else disk
+    #[arg(long, value_enum)]
+    pub store: Option<StoreArg>,
+    /// The most host memory that a RAM store may take: 512M, 8G
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    pub max_ram: Option<u64>,
+    /// Read guest memory that the host has swapped out, even when it is much
+    #[arg(long)]
+    pub swap_in: bool,
+    /// Write where there is little room, or beside the VM's own disks
+    #[arg(long)]
+    pub force_output: bool,
+    /// One JSON object a line on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `plan`.
+#[derive(Debug, clap::Args)]
+pub struct Plan {
+    /// How.
+    #[command(flatten)]
+    pub how: How,
+    /// The directory that the exhibit would be made in
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
+
+/// `acquire`.
+#[derive(Debug, clap::Args)]
+pub struct Acquire {
+    /// How.
+    #[command(flatten)]
+    pub how: How,
+    /// The directory that the exhibit is made in; it must exist
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// The most bytes of guest memory read a second: 500M
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    pub max_rate: Option<u64>,
+    /// Whether the SHA-256 of the whole image file is computed, for `sha256sum -c`
+    #[arg(long, value_enum, default_value = "yes", value_name = "yes|no")]
+    pub file_digest: YesNo,
+    /// Case number
+    #[arg(long, value_name = "TEXT")]
+    pub case: Option<String>,
+    /// Exhibit number
+    #[arg(long, value_name = "TEXT")]
+    pub exhibit: Option<String>,
+    /// Who takes the image
+    #[arg(long, value_name = "NAME")]
+    pub examiner: Option<String>,
+    /// On whose authority
+    #[arg(long, value_name = "TEXT")]
+    pub authority: Option<String>,
+}
+
+/// Yes or no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum YesNo {
+    /// Yes.
+    Yes,
+    /// No.
+    No,
+}
+
+/// The methods of this version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// Two whole passes, the guest never held; class none, the smear measured
+    Live,
+}
+
+impl From<MethodArg> for acquire::plan::Method {
+    fn from(arg: MethodArg) -> Self {
+        match arg {
+            MethodArg::Live => Self::Live,
+        }
+    }
+}
+
+/// What consistency is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConsistencyArg {
+    /// One instant, or a refusal
+    PointInTime,
+    /// A smeared image will do
+    Any,
+}
+
+impl From<ConsistencyArg> for acquire::plan::Consistency {
+    fn from(arg: ConsistencyArg) -> Self {
+        match arg {
+            ConsistencyArg::PointInTime => Self::PointInTime,
+            ConsistencyArg::Any => Self::Any,
+        }
+    }
+}
+
+/// Image formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// ELF core: Volatility, crash, drgn, gdb, MemProcFS
+    Elf,
+    /// Sparse file, offset = guest-physical address
+    Raw,
+    /// LiME v1
+    Lime,
+}
+
+impl From<FormatArg> for evidence::format::Format {
+    fn from(arg: FormatArg) -> Self {
+        match arg {
+            FormatArg::Elf => Self::Elf,
+            FormatArg::Raw => Self::Raw,
+            FormatArg::Lime => Self::Lime,
+        }
+    }
+}
+
+/// Stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StoreArg {
+    /// Host memory: the shortest window
+    Ram,
+    /// The image file itself
+    Disk,
+}
+
+impl From<StoreArg> for acquire::plan::StoreKind {
+    fn from(arg: StoreArg) -> Self {
+        match arg {
+            StoreArg::Ram => Self::Ram,
+            StoreArg::Disk => Self::Disk,
+        }
+    }
+}
+
+/// `512`, `512K`, `8G`: powers of 1024.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.to_ascii_uppercase().trim_end_matches("IB").chars().last() {
+        Some('K') => (1, 10),
+        Some('M') => (1, 20),
+        Some('G') => (1, 30),
+        Some('T') => (1, 40),
+        _ => (0, 0),
+    };
+    let upper = text.to_ascii_uppercase();
+    let body = upper.trim_end_matches("IB");
+    let number = body.get(..body.len() - digits).unwrap_or("");
+    let number: u64 =
+        number.parse().map_err(|_| format!("{text:?} is no size; say 512M or 8G"))?;
+    number.checked_mul(1 << shift).filter(|&n| n > 0).ok_or_else(|| {
+        format!("{text:?} is out of range; say a size between 1 and 16 EiB")
+    })
+}
+
+/// `100ms`, `2s`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time; say 100ms or 2s");
+    if let Some(number) = text.strip_suffix("ms") {
+        return number.parse().map(Duration::from_millis).map_err(|_| wrong());
+    }
+    let number = text.strip_suffix('s').ok_or_else(wrong)?;
+    number.parse().map(Duration::from_secs).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn clap_finds_no_contradiction() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_times() {
+        assert_eq!(bytes("512"), Ok(512));
+        assert_eq!(bytes("512m"), Ok(512 << 20));
+        assert_eq!(bytes("8GiB"), Ok(8 << 30));
+        for bad in ["", "G", "0", "-1", "1.5G", "99999999T", "8 G"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+        assert_eq!(duration("100ms"), Ok(Duration::from_millis(100)));
+        assert_eq!(duration("2s"), Ok(Duration::from_secs(2)));
+        for bad in ["", "s", "ms", "100", "1.5s", "-1s"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

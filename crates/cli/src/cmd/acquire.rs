@@ -1,0 +1,130 @@
+//! `stillframe acquire`: take an image.
+
+use crate::args::{self, YesNo};
+use crate::cmd;
+use crate::exit::Exit;
+use crate::output::{self, Show};
+use ::acquire::event::{Event, Observer};
+use ::acquire::stop::Stop;
+use ::acquire::{CaseNotes, Ending, Failure, Request};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::thread;
+
+/// Runs the acquisition; its last event is always `done`.
+pub fn run(args: &args::Acquire) -> Exit {
+    let stop = Stop::new();
+    if let Err(error) = signals(&stop) {
+        output::error(&error);
+        return Exit::Failed;
+    }
+    let show = Show::new(args.how.json);
+    let result = ::acquire::acquire(&request(args), &show, &stop);
+    let (exit, exhibit, reason) = match &result {
+        Ok(done) => (ending(&done.ending), done.exhibit.clone(), done.ending.reason()),
+        Err(failure) => (exit_of(failure), failure.exhibit(), Some(output::chain(failure))),
+    };
+    show.event(Event::Done {
+        exit: exit.code(),
+        exhibit: exhibit.as_ref().map(|path| path.display().to_string()),
+        reason: reason.clone(),
+    });
+    match &result {
+        Ok(done) => {
+            if let Some(reason) = reason {
+                output::say(&reason);
+            }
+            if let (Some(path), false) = (&done.exhibit, args.how.json) {
+                output::line(&path.display().to_string());
+            }
+        }
+        Err(failure) => {
+            failed(failure);
+        }
+    }
+    exit
+}
+
+/// SIGINT and SIGTERM end the reading, a second one the writing; SIGHUP, a closed terminal, ends
+/// nothing.
+fn signals(stop: &Stop) -> std::io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    let stop = stop.clone();
+    thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        for signal in &mut signals {
+            if signal != SIGHUP {
+                stop.ask();
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn request(args: &args::Acquire) -> Request {
+    Request {
+        vm: args.how.vm.clone(),
+        output: Some(args.output.clone()),
+        wish: cmd::wish(&args.how),
+        max_ram: args.how.max_ram,
+        max_rate: args.max_rate,
+        file_digest: args.file_digest == YesNo::Yes,
+        case: CaseNotes {
+            number: args.case.clone(),
+            exhibit: args.exhibit.clone(),
+            examiner: args.examiner.clone(),
+            authority: args.authority.clone(),
+        },
+    }
+}
+
+fn ending(ending: &Ending) -> Exit {
+    match ending {
+        Ending::Complete => Exit::Complete,
+        Ending::Losses(_) => Exit::Losses,
+        Ending::Interrupted => Exit::Interrupted,
+        Ending::Failed(_) => Exit::Failed,
+    }
+}
+
+fn exit_of(failure: &Failure) -> Exit {
+    match failure {
+        Failure::Record { .. } => Exit::Failed,
+        Failure::Find(_)
+        | Failure::Refused(_)
+        | Failure::Monitor(_)
+        | Failure::Query(_)
+        | Failure::Map(_)
+        | Failure::Host(_)
+        | Failure::Output { .. } => Exit::Refused,
+    }
+}
+
+/// Says what went wrong before anything was done, and what to do about it.
+pub fn failed(failure: &Failure) -> Exit {
+    match failure {
+        Failure::Find(error) => cmd::not_found(error),
+        Failure::Refused(refusal) => cmd::refused(refusal),
+        Failure::Monitor(error) => {
+            output::error(error);
+            output::hint(
+                "a QMP socket serves one client: close the other one, or give QEMU a second \
+                 monitor; with libvirt the monitor is libvirt's",
+            );
+            Exit::Refused
+        }
+        Failure::Output { .. } => {
+            output::error(failure);
+            output::hint("-o names a directory that exists, itself and not a link to it");
+            Exit::Refused
+        }
+        Failure::Map(_) | Failure::Host(_) => {
+            output::error(failure);
+            output::hint("run as root; `stillframe doctor` shows what stands in the way");
+            Exit::Refused
+        }
+        Failure::Query(_) | Failure::Record { .. } => {
+            output::error(failure);
+            exit_of(failure)
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! `stillframe list`: the VMs on this host.
+
+use crate::args::List;
+use crate::exit::Exit;
+use crate::output::{self, safe, size};
+use acquire::find::{self, Row};
+
+/// Prints a table, or one JSON object a line.
+pub fn run(args: &List) -> Exit {
+    let rows = match find::list() {
+        Ok(rows) => rows,
+        Err(error) => {
+            output::error(&error);
+            return Exit::Failed;
+        }
+    };
+    if args.json {
+        for row in &rows {
+            if !output::json(row) {
+                break;
+            }
+        }
+        return Exit::Complete;
+    }
+    if rows.is_empty() {
+        output::say("no VM found");
+        output::hint("processes of other users are visible to root only");
+        return Exit::Complete;
+    }
+    for line in table(&rows) {
+        if !output::line(&line) {
+            break;
+        }
+    }
+    Exit::Complete
+}
+
+/// The rows as aligned lines, a heading first. Monitors stand last: they are longest.
+fn table(rows: &[Row]) -> Vec<String> {
+    let mut cells: Vec<[String; 6]> =
+        vec![["NAME", "UUID", "PID", "RAM", "ACCEL", "QMP SOCKETS"].map(str::to_owned)];
+    for row in rows {
+        let monitors = match row.monitors.as_slice() {
+            [] => "none".to_owned(),
+            paths => paths.join(" "),
+        };
+        cells.push([
+            safe(&row.name),
+            row.uuid.as_deref().map_or_else(|| "-".to_owned(), safe),
+            row.pid.to_string(),
+            row.memory_bytes.map_or_else(|| "?".to_owned(), size),
+            safe(&row.accelerator),
+            safe(&monitors),
+        ]);
+    }
+    let width = |column: usize| {
+        cells.iter().map(|row| row.get(column).map_or(0, |c| c.chars().count())).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..5).map(width).collect();
+    cells
+        .iter()
+        .map(|row| {
+            let mut line = String::new();
+            for (column, cell) in row.iter().enumerate() {
+                line.push_str(cell);
+                if let Some(width) = widths.get(column) {
+                    let pad = width.saturating_sub(cell.chars().count()) + 2;
+                    line.extend(std::iter::repeat_n(' ', pad));
+                }
+            }
+            line
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_align_and_names_are_harmless() {
+        let row = |pid, name: &str| Row {
+            pid,
+            name: name.into(),
+            uuid: None,
+            memory_bytes: Some(4 << 30),
+            accelerator: "kvm".into(),
+            machine: None,
+            monitors: vec!["/run/vm.sock".into()],
+            exe: "/usr/bin/qemu-system-x86_64".into(),
+        };
+        let lines = table(&[row(1, "веб"), row(4711, "a\u{1b}[2J")]);
+        insta::assert_snapshot!(lines.join("\n"), @r"
+        NAME         UUID  PID   RAM      ACCEL  QMP SOCKETS
+        веб          -     1     4.0 GiB  kvm    /run/vm.sock
+        a\u{1b}[2J   -     4711  4.0 GiB  kvm    /run/vm.sock
+        ");
+    }
+}

@@ -1,0 +1,53 @@
+//! One verb a file.
+
+pub mod acquire;
+pub mod doctor;
+pub mod list;
+pub mod plan;
+pub mod verify;
+
+use crate::args::How;
+use crate::exit::Exit;
+use crate::output;
+use ::acquire::find::FindError;
+use ::acquire::plan::{Refusal, Wish};
+
+/// The wish that the shared flags express.
+pub fn wish(how: &How) -> Wish {
+    Wish {
+        method: how.method.map(Into::into),
+        consistency: how.consistency.into(),
+        stall_budget: how.stall_budget,
+        format: how.format.into(),
+        store: how.store.map(Into::into),
+        swap_in: how.swap_in,
+        force_output: how.force_output,
+    }
+}
+
+/// Says why nothing was done and what would be.
+pub fn refused(refusal: &Refusal) -> Exit {
+    output::say(&format!("refused: {}", refusal.reason));
+    for remedy in &refusal.remedies {
+        output::hint(remedy);
+    }
+    Exit::Refused
+}
+
+/// Says why no VM was found.
+pub fn not_found(error: &FindError) -> Exit {
+    output::error(error);
+    match error {
+        FindError::Nobody { running, .. } if running.is_empty() => {
+            output::hint("no VM runs here, or its process cannot be looked at: run as root");
+        }
+        FindError::Nobody { running, .. } => {
+            output::hint(&format!("running here: {}", running.join(", ")));
+        }
+        FindError::Several { candidates, .. } => {
+            output::hint(&format!("give the PID or UUID of one: {}", candidates.join(", ")));
+        }
+        _ => output::hint("run as root; `stillframe doctor` shows what stands in the way"),
+    }
+    Exit::Refused
+}

@@ -1,0 +1,61 @@
+//! `stillframe plan`: what would be done, and why not otherwise.
+
+use crate::args;
+use crate::cmd;
+use crate::exit::Exit;
+use crate::output::{self, safe, size};
+use ::acquire::plan::Plan;
+use ::acquire::{Request, Surveyed};
+
+/// Looks, decides, prints; changes nothing.
+pub fn run(args: &args::Plan) -> Exit {
+    let request = Request {
+        vm: args.how.vm.clone(),
+        output: args.output.clone(),
+        wish: cmd::wish(&args.how),
+        max_ram: args.how.max_ram,
+        ..Request::default()
+    };
+    let surveyed = match ::acquire::survey(&request) {
+        Ok(surveyed) => surveyed,
+        Err(failure) => return cmd::acquire::failed(&failure),
+    };
+    if args.how.json {
+        output::json(&surveyed.summary());
+    }
+    match &surveyed.decision {
+        Ok(plan) => {
+            if !args.how.json {
+                print(&surveyed, plan);
+            }
+            Exit::Complete
+        }
+        Err(refusal) => cmd::refused(refusal),
+    }
+}
+
+fn print(surveyed: &Surveyed, plan: &Plan) {
+    let facts = &surveyed.facts;
+    let mut lines = vec![
+        format!("VM       {} (PID {})", safe(&surveyed.row.name), surveyed.row.pid),
+        format!("method   {}: {}", plan.method.word(), plan.why),
+        format!("class    {}", plan.class.word()),
+        "hold     none: the guest is never stopped".to_owned(),
+        format!(
+            "memory   {} in the image, {} resident, {} swapped out",
+            size(facts.image_bytes),
+            size(facts.resident_bytes),
+            size(facts.swapped_bytes)
+        ),
+        format!("store    {}: {}", plan.store.word(), plan.store_why),
+        format!("output   {} as {}", size(plan.output_bytes), plan.format.extension()),
+    ];
+    lines.extend(plan.changes.iter().map(|text| format!("changes  {text}")));
+    lines.extend(plan.warnings.iter().map(|text| format!("warning  {text}")));
+    lines.extend(plan.rejected.iter().map(|r| format!("not      {}: {}", r.method.word(), r.reason)));
+    for line in lines {
+        if !output::line(&line) {
+            break;
+        }
+    }
+}

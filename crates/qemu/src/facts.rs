@@ -1,0 +1,362 @@
+//! Typed queries: what QEMU says of itself and of its guest's memory.
+//!
+//! Shapes are those of QEMU's schema (`qapi/*.json`). Fields that an older QEMU has not are
+//! options; fields that we do not need are not read.
+
+use crate::qmp::{Command, Qmp, QmpError, Version};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// The guest's run state (`query-status`).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Status {
+    /// QEMU's word: `running`, `paused`, `inmigrate`, `postmigrate`, ...
+    pub status: String,
+    /// Whether the guest's CPUs run.
+    pub running: bool,
+}
+
+/// Whether KVM runs the guest (`query-kvm`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct Kvm {
+    /// This QEMU has KVM built in.
+    pub present: bool,
+    /// The guest runs on it.
+    pub enabled: bool,
+}
+
+/// Sizes of the guest's memory in bytes (`query-memory-size-summary`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub struct MemorySize {
+    /// What the machine started with (`-m`): `base-memory`.
+    #[serde(rename = "base-memory")]
+    pub base: u64,
+    /// What is plugged into it, `plugged-memory`: DIMMs, NVDIMMs without their label area, virtio-pmem, and of
+    /// virtio-mem what the guest has now (seen in 7.2 and 10.0; `get_plugged_memory_size`).
+    #[serde(rename = "plugged-memory", default)]
+    pub plugged: Option<u64>,
+}
+
+/// What a memory device is (`query-memory-devices`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum DeviceType {
+    /// `dimm`: RAM.
+    Dimm,
+    /// `nvdimm`: persistent memory.
+    Nvdimm,
+    /// `virtio-mem`: RAM of which the guest has a part.
+    VirtioMem,
+    /// `virtio-pmem`: a file of the host, mapped into the guest.
+    VirtioPmem,
+    /// `sgx-epc`: enclave memory; not readable from outside.
+    SgxEpc,
+    /// A device that this program does not know.
+    Other(String),
+}
+
+/// A memory device (`query-memory-devices`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryDevice {
+    /// What it is.
+    pub device_type: DeviceType,
+    /// The user's id.
+    pub id: Option<String>,
+    /// Object path of its memory backend.
+    pub memdev: Option<String>,
+    /// Guest-physical address.
+    pub addr: Option<u64>,
+    /// Bytes that it gives the guest now: of an NVDIMM without the label area, of virtio-mem what
+    /// is plugged.
+    pub size: Option<u64>,
+    /// virtio-mem: bytes that it can give.
+    pub max_size: Option<u64>,
+    /// virtio-mem: bytes that it was asked to give.
+    pub requested_size: Option<u64>,
+    /// virtio-mem: bytes that are plugged or not as one.
+    pub block_size: Option<u64>,
+    /// All of QEMU's answer.
+    pub raw: Value,
+}
+
+/// Typed queries, each with one deadline.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    qmp: &'a mut Qmp,
+    timeout: Duration,
+}
+
+impl<'a> Facts<'a> {
+    /// Asks through `qmp`; each query is given up after `timeout`.
+    pub fn of(qmp: &'a mut Qmp, timeout: Duration) -> Self {
+        Self { qmp, timeout }
+    }
+
+    /// The connection.
+    pub(crate) fn qmp(&mut self) -> &mut Qmp {
+        self.qmp
+    }
+
+    fn query<T: serde::de::DeserializeOwned>(&mut self, command: Command) -> Result<T, QmpError> {
+        self.qmp.query(command, json!({}), self.timeout)
+    }
+
+    /// QEMU's version.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`], here and below.
+    pub fn version(&mut self) -> Result<Version, QmpError> {
+        self.query(Command::QueryVersion)
+    }
+
+    /// The guest's name (`-name`); `None` when it has none.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn name(&mut self) -> Result<Option<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Name {
+            name: Option<String>,
+        }
+        Ok(self.query::<Name>(Command::QueryName)?.name)
+    }
+
+    /// The guest's UUID, in the form `8-4-4-4-12`; all zeros when none was set.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn uuid(&mut self) -> Result<String, QmpError> {
+        #[derive(Deserialize)]
+        struct Uuid {
+            #[serde(rename = "UUID")]
+            uuid: String,
+        }
+        Ok(self.query::<Uuid>(Command::QueryUuid)?.uuid)
+    }
+
+    /// QEMU's target, such as `x86_64`.
+    ///
+    /// # Errors
+    /// As every query.
+    pub fn arch(&mut self) -> Result<String, QmpError> {
+        #[derive(Deserialize)]
+        struct Target {
+            arch: String,
+        }
+        Ok(self.query::<Target>(Command::QueryTarget)?.arch)
+    }
+
+    /// Number of virtual CPUs. Does not interrupt them (qapi/machine.json, `query-cpus-fast`).
+    ///
+    /// # Errors
+    /// As every query.
+    pub fn cpus(&mut self) -> Result<usize, QmpError> {
+        Ok(self.query::<Vec<Value>>(Command::QueryCpusFast)?.len())
+    }
+
+    /// The run state.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn status(&mut self) -> Result<Status, QmpError> {
+        self.query(Command::QueryStatus)
+    }
+
+    /// Whether KVM runs the guest.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn kvm(&mut self) -> Result<Kvm, QmpError> {
+        self.query(Command::QueryKvm)
+    }
+
+    /// The machine type with its version, such as `pc-q35-10.0`, `microvm`.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn machine_type(&mut self) -> Result<String, QmpError> {
+        let name: String = self.qom_get("/machine", "type")?;
+        Ok(name.strip_suffix("-machine").map_or(name.clone(), str::to_owned))
+    }
+
+    /// Object path of the backend that holds the machine's RAM; `None` with NUMA backends.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn memory_backend(&mut self) -> Result<Option<String>, QmpError> {
+        self.qom_link("/machine", "memory-backend")
+    }
+
+    /// Sizes of the guest's memory.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn memory_size(&mut self) -> Result<MemorySize, QmpError> {
+        self.query(Command::QueryMemorySizeSummary)
+    }
+
+    /// The memory devices.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn memory_devices(&mut self) -> Result<Vec<MemoryDevice>, QmpError> {
+        let command = Command::QueryMemoryDevices;
+        let list: Vec<Value> = self.query(command)?;
+        let shape = |what: &str| QmpError::Shape { command: command.word(), what: what.into() };
+        list.into_iter()
+            .map(|raw| parse_device(raw).ok_or_else(|| shape("a device without type or data")))
+            .collect()
+    }
+
+    /// Why the guest's memory is encrypted or hidden from the host; `None` when it is not.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`]. That QEMU has no such feature built in is no error.
+    pub fn confidential(&mut self) -> Result<Option<String>, QmpError> {
+        if let Some(object) = self.qom_link("/machine", "confidential-guest-support")? {
+            return Ok(Some(format!("confidential-guest-support is {object}")));
+        }
+        #[derive(Deserialize)]
+        struct Sev {
+            enabled: bool,
+        }
+        match self.query::<Sev>(Command::QuerySev) {
+            Ok(sev) => Ok(sev.enabled.then(|| "query-sev says enabled".into())),
+            Err(error) if error.is_unknown_command() => Ok(None),
+            // "SEV feature is not available" and the like: target/i386/sev*.c
+            Err(QmpError::Refused { desc, .. })
+                if desc.to_string().contains("SEV")
+                    && ["not available", "not enabled", "not supported"]
+                        .iter()
+                        .any(|no| desc.to_string().contains(no)) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The state of a migration or snapshot (`query-migrate`); `None` when there was none.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn migration(&mut self) -> Result<Option<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Migration {
+            status: Option<String>,
+        }
+        Ok(self.query::<Migration>(Command::QueryMigrate)?.status)
+    }
+
+    /// Bytes of RAM that the balloon leaves the guest; `None` without a balloon.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn balloon(&mut self) -> Result<Option<u64>, QmpError> {
+        #[derive(Deserialize)]
+        struct Balloon {
+            actual: u64,
+        }
+        match self.query::<Balloon>(Command::QueryBalloon) {
+            Ok(balloon) => Ok(Some(balloon.actual)),
+            Err(error) => match error.class().as_deref() {
+                Some("DeviceNotActive" | "KVMMissingCap") => Ok(None),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// A property of an object.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn qom_get<T: serde::de::DeserializeOwned>(
+        &mut self,
+        path: &str,
+        property: &str,
+    ) -> Result<T, QmpError> {
+        let arguments = json!({ "path": path, "property": property });
+        self.qmp.query(Command::QomGet, arguments, self.timeout)
+    }
+
+    /// A property that points to another object; `None` when it points nowhere, or the object has
+    /// no such property (an older QEMU).
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn qom_link(&mut self, path: &str, property: &str) -> Result<Option<String>, QmpError> {
+        match self.qom_get::<String>(path, property) {
+            Ok(target) => Ok(Some(target).filter(|target| !target.is_empty())),
+            // "Property 'pc-q35-10.0-machine.x' not found": qom/object.c
+            Err(QmpError::Refused { desc, .. })
+                if desc.to_string().starts_with("Property '")
+                    && desc.to_string().ends_with(&format!(".{property}' not found")) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Paths of the MemoryRegions that are children of an object.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn memory_regions_of(&mut self, path: &str) -> Result<Vec<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Child {
+            name: String,
+            r#type: String,
+        }
+        let arguments = json!({ "path": path });
+        let children: Vec<Child> = self.qmp.query(Command::QomList, arguments, self.timeout)?;
+        let regions = children.into_iter().filter(|c| c.r#type == "child<memory-region>");
+        Ok(regions.map(|child| format!("{path}/{}", child.name)).collect())
+    }
+}
+
+fn parse_device(raw: Value) -> Option<MemoryDevice> {
+    let data = raw.get("data").filter(|data| data.is_object())?;
+    let number = |key: &str| data.get(key).and_then(Value::as_u64);
+    let text = |key: &str| data.get(key).and_then(Value::as_str).map(str::to_owned);
+    let device_type = match raw.get("type")?.as_str()? {
+        "dimm" => DeviceType::Dimm,
+        "nvdimm" => DeviceType::Nvdimm,
+        "virtio-mem" => DeviceType::VirtioMem,
+        "virtio-pmem" => DeviceType::VirtioPmem,
+        "sgx-epc" => DeviceType::SgxEpc,
+        other => DeviceType::Other(other.into()),
+    };
+    Some(MemoryDevice {
+        device_type,
+        id: text("id"),
+        memdev: text("memdev"),
+        addr: number("addr").or_else(|| number("memaddr")),
+        size: number("size"),
+        max_size: number("max-size"),
+        requested_size: number("requested-size"),
+        block_size: number("block-size"),
+        raw: raw.clone(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_by_type() {
+        let device = parse_device(json!({"type": "virtio-mem", "data": {
+            "memdev": "/objects/vm0", "memaddr": 4_563_402_752_u64, "block-size": 2_097_152,
+            "size": 0, "node": 0, "max-size": 536_870_912, "requested-size": 268_435_456, "id": "vmem0"}}))
+        .unwrap();
+        assert_eq!(device.device_type, DeviceType::VirtioMem);
+        assert_eq!((device.addr, device.size), (Some(4_563_402_752), Some(0)));
+        assert_eq!(device.max_size, Some(512 << 20));
+        let device = parse_device(json!({"type": "dimm", "data": {"addr": 1, "size": 2}})).unwrap();
+        assert_eq!((device.device_type, device.addr), (DeviceType::Dimm, Some(1)));
+        let device = parse_device(json!({"type": "cxl", "data": {}})).unwrap();
+        assert_eq!(device.device_type, DeviceType::Other("cxl".into()));
+        assert!(parse_device(json!({"type": "dimm"})).is_none());
+    }
+}

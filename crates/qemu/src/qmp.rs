@@ -1,0 +1,757 @@
+//! A blocking client for QEMU's monitor protocol, with a deadline on everything.
+//!
+//! Only the members of [`Command`] and [`Hmp`] can be sent, and all of them are queries: a command
+//! that changes a guest has to be added here, where a reviewer sees it.
+//!
+//! The peer is not trusted: the length of a message, the number of events and each wait are
+//! bounded, ids are checked, and after a breach of protocol the connection is not used again.
+
+use crate::frame::{FrameError, Framer};
+use crate::text::Excerpt;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Greatest length of one message in bytes. `info mtree -f -o` of a large machine stays below
+/// 1 MiB.
+pub const MAX_MESSAGE: usize = 16 << 20;
+
+/// Events that may wait to be taken by [`Qmp::take_events`].
+pub const MAX_EVENTS: usize = 16_384;
+
+/// Pause between two tries to connect while the listen queue is full.
+const CONNECT_PAUSE: Duration = Duration::from_millis(20);
+
+/// The QMP commands that this crate sends. All of them are queries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Command {
+    /// `qmp_capabilities`: ends the negotiation; no capability is enabled.
+    QmpCapabilities,
+    /// `human-monitor-command`; only with an [`Hmp`] line.
+    HumanMonitorCommand,
+    /// `qom-get`
+    QomGet,
+    /// `qom-list`
+    QomList,
+    /// `query-balloon`
+    QueryBalloon,
+    /// `query-commands`
+    QueryCommands,
+    /// `query-cpus-fast`
+    QueryCpusFast,
+    /// `query-kvm`
+    QueryKvm,
+    /// `query-memory-devices`
+    QueryMemoryDevices,
+    /// `query-memory-size-summary`
+    QueryMemorySizeSummary,
+    /// `query-migrate`
+    QueryMigrate,
+    /// `query-name`
+    QueryName,
+    /// `query-sev`
+    QuerySev,
+    /// `query-status`
+    QueryStatus,
+    /// `query-target`
+    QueryTarget,
+    /// `query-uuid`
+    QueryUuid,
+    /// `query-version`
+    QueryVersion,
+    /// `x-query-ramblock`
+    XQueryRamblock,
+}
+
+impl Command {
+    /// The command's name on the wire.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::QmpCapabilities => "qmp_capabilities",
+            Self::HumanMonitorCommand => "human-monitor-command",
+            Self::QomGet => "qom-get",
+            Self::QomList => "qom-list",
+            Self::QueryBalloon => "query-balloon",
+            Self::QueryCommands => "query-commands",
+            Self::QueryCpusFast => "query-cpus-fast",
+            Self::QueryKvm => "query-kvm",
+            Self::QueryMemoryDevices => "query-memory-devices",
+            Self::QueryMemorySizeSummary => "query-memory-size-summary",
+            Self::QueryMigrate => "query-migrate",
+            Self::QueryName => "query-name",
+            Self::QuerySev => "query-sev",
+            Self::QueryStatus => "query-status",
+            Self::QueryTarget => "query-target",
+            Self::QueryUuid => "query-uuid",
+            Self::QueryVersion => "query-version",
+            Self::XQueryRamblock => "x-query-ramblock",
+        }
+    }
+}
+
+/// The lines of the human monitor that this crate sends. All of them are queries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Hmp {
+    /// `info mtree -f`
+    InfoMtreeFlat,
+    /// `info mtree -f -o`
+    InfoMtreeFlatOwners,
+    /// `info ramblock`
+    InfoRamblock,
+    /// `info registers -a`
+    InfoRegisters,
+    /// `gpa2hva ADDR`
+    Gpa2Hva(u64),
+}
+
+impl Hmp {
+    /// The line.
+    pub fn line(self) -> String {
+        match self {
+            Self::InfoMtreeFlat => "info mtree -f".into(),
+            Self::InfoMtreeFlatOwners => "info mtree -f -o".into(),
+            Self::InfoRamblock => "info ramblock".into(),
+            Self::InfoRegisters => "info registers -a".into(),
+            Self::Gpa2Hva(gpa) => format!("gpa2hva {gpa:#x}"),
+        }
+    }
+}
+
+/// What went wrong between us and the monitor.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The socket cannot be reached.
+    #[error("cannot connect to the monitor {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else uses the monitor: it serves one client at a time and greets no second one.
+    #[error("the monitor {} is busy: no greeting within {:.1} s, so another client holds it", path.display(), waited.as_secs_f64())]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+        /// How long we waited.
+        waited: Duration,
+    },
+    /// No answer in time. A late answer is dropped when it comes.
+    #[error("{doing} was not answered within {:.1} s", waited.as_secs_f64())]
+    Timeout {
+        /// The command, or the greeting.
+        doing: &'static str,
+        /// How long we waited.
+        waited: Duration,
+    },
+    /// The monitor closed the connection: QEMU ended, or it was taken from us.
+    #[error("the monitor closed the connection during {doing}")]
+    Closed {
+        /// The command, or the greeting.
+        doing: &'static str,
+    },
+    /// The socket failed.
+    #[error("the monitor's socket failed during {doing}")]
+    Io {
+        /// The command, or the greeting.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer does not keep to the protocol.
+    #[error("the monitor broke the protocol during {doing}: {what}")]
+    Protocol {
+        /// The command, or the greeting.
+        doing: &'static str,
+        /// What it did.
+        what: String,
+    },
+    /// QEMU refused the command.
+    #[error("{command} was refused with {class}: {desc}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// QEMU's error class, such as `GenericError` or `CommandNotFound`.
+        class: Excerpt,
+        /// QEMU's text.
+        desc: Excerpt,
+    },
+    /// The answer has another shape than QEMU's schema says.
+    #[error("{command} was answered in an unknown shape: {what}")]
+    Shape {
+        /// The command.
+        command: &'static str,
+        /// What does not fit.
+        what: String,
+    },
+    /// An earlier failure left the connection unusable.
+    #[error("the connection to the monitor is no longer usable after an earlier failure")]
+    Broken,
+}
+
+impl QmpError {
+    /// QEMU's error class when it refused the command.
+    pub fn class(&self) -> Option<String> {
+        match self {
+            Self::Refused { class, .. } => Some(class.to_string()),
+            _ => None,
+        }
+    }
+
+    /// Whether this QEMU does not know the command.
+    pub fn is_unknown_command(&self) -> bool {
+        self.class().as_deref() == Some("CommandNotFound")
+    }
+
+    /// The outcome's class for the transcript.
+    fn outcome(&self) -> Outcome {
+        match self {
+            Self::Refused { .. } => Outcome::Refused,
+            Self::Timeout { .. } | Self::Busy { .. } => Outcome::TimedOut,
+            Self::Closed { .. } | Self::Connect { .. } | Self::Io { .. } => Outcome::Lost,
+            Self::Protocol { .. } | Self::Shape { .. } | Self::Broken => Outcome::Breach,
+        }
+    }
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// It was answered.
+    Answered,
+    /// QEMU refused it.
+    Refused,
+    /// No answer in time; QEMU may still carry it out.
+    TimedOut,
+    /// The connection was lost; QEMU may or may not have carried it out.
+    Lost,
+    /// The peer broke the protocol.
+    Breach,
+}
+
+impl Outcome {
+    /// The outcome's word in the journal.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::Refused => "refused",
+            Self::TimedOut => "timed-out",
+            Self::Lost => "lost",
+            Self::Breach => "breach",
+        }
+    }
+}
+
+/// One command and how it ended, as the transcript is told.
+#[derive(Debug)]
+pub struct Exchange<'a> {
+    /// The command.
+    pub command: Command,
+    /// Its arguments: a JSON object.
+    pub arguments: &'a Value,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The refusal's or failure's text.
+    pub error: Option<&'a QmpError>,
+    /// Before the first byte was written.
+    pub started: Instant,
+    /// After the last byte of the answer was read.
+    pub finished: Instant,
+}
+
+/// Told of every command, after it ended; called on the thread that sent it.
+pub type Transcript = Box<dyn FnMut(&Exchange<'_>) + Send>;
+
+/// An event that QEMU sent unasked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// Its name, such as `STOP`.
+    pub name: String,
+    /// Its data; null when it has none.
+    pub data: Value,
+    /// QEMU's clock: seconds since 1970 UTC; -1 when QEMU could not read it.
+    pub seconds: i64,
+    /// QEMU's clock: microseconds in the second.
+    pub microseconds: i64,
+    /// When it was read from the socket. Events are read while an answer is waited for, or by
+    /// [`Qmp::poll_events`], so this can be later than its arrival.
+    pub received: Instant,
+}
+
+/// Who is at the other end of the socket (SO_PEERCRED: who called `listen`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerCred {
+    /// The process; `None` when our pid namespace does not show it.
+    pub pid: Option<u32>,
+    /// Its user.
+    pub uid: u32,
+}
+
+/// QEMU's version, as it greets and as `query-version` answers.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub struct Version {
+    /// The three numbers.
+    pub qemu: VersionNumber,
+    /// The distributor's text, such as `Debian 1:7.2+dfsg-7`; often empty.
+    pub package: String,
+}
+
+/// The three numbers of a QEMU version, compared in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub struct VersionNumber {
+    /// 10 of 10.0.2.
+    pub major: u32,
+    /// 0 of 10.0.2.
+    pub minor: u32,
+    /// 2 of 10.0.2.
+    pub micro: u32,
+}
+
+/// A connection to one monitor.
+pub struct Qmp {
+    stream: UnixStream,
+    path: PathBuf,
+    framer: Framer,
+    greeting: Version,
+    next_id: u64,
+    /// Ids of commands that timed out: their late answers are dropped.
+    given_up: BTreeSet<u64>,
+    events: Vec<Event>,
+    usable: bool,
+    transcript: Option<Transcript>,
+}
+
+impl std::fmt::Debug for Qmp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Qmp").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// A wait that began and when it ends.
+#[derive(Clone, Copy)]
+struct Deadline {
+    began: Instant,
+    length: Duration,
+}
+
+impl Deadline {
+    fn new(length: Duration) -> Self {
+        Self { began: Instant::now(), length }
+    }
+
+    fn left(self) -> Option<Duration> {
+        self.length.checked_sub(self.began.elapsed()).filter(|left| !left.is_zero())
+    }
+}
+
+impl Qmp {
+    /// Connects to the monitor's socket at `path`, reads its greeting and ends the negotiation,
+    /// all within `deadline`.
+    ///
+    /// # Errors
+    /// [`QmpError::Busy`] when the connection is made (or the listen queue is full) but no byte of
+    /// a greeting comes; any other variant but `Refused` and `Shape` as it says.
+    pub fn connect(path: &Path, deadline: Duration) -> Result<Self, QmpError> {
+        Self::connect_with(path, deadline, None)
+    }
+
+    /// As [`Qmp::connect`]; `transcript` is told of every command, the first one too.
+    ///
+    /// # Errors
+    /// As [`Qmp::connect`].
+    pub fn connect_with(
+        path: &Path,
+        deadline: Duration,
+        transcript: Option<Transcript>,
+    ) -> Result<Self, QmpError> {
+        let deadline = Deadline::new(deadline);
+        let stream = connect_unix(path, deadline)?;
+        Self::greet(stream, path, deadline, transcript)
+    }
+
+    /// Speaks QMP over a connected stream; `path` is what errors call it.
+    ///
+    /// # Errors
+    /// As [`Qmp::connect`].
+    pub fn over(
+        stream: UnixStream,
+        path: &Path,
+        deadline: Duration,
+        transcript: Option<Transcript>,
+    ) -> Result<Self, QmpError> {
+        Self::greet(stream, path, Deadline::new(deadline), transcript)
+    }
+
+    fn greet(
+        stream: UnixStream,
+        path: &Path,
+        deadline: Deadline,
+        transcript: Option<Transcript>,
+    ) -> Result<Self, QmpError> {
+        const DOING: &str = "the greeting";
+        stream
+            .set_nonblocking(false)
+            .map_err(|source| QmpError::Connect { path: path.into(), source })?;
+        let none = VersionNumber { major: 0, minor: 0, micro: 0 };
+        let mut qmp = Self {
+            stream,
+            path: path.into(),
+            framer: Framer::default(),
+            greeting: Version { qemu: none, package: String::new() },
+            next_id: 1,
+            given_up: BTreeSet::new(),
+            events: Vec::new(),
+            usable: true,
+            transcript,
+        };
+        let greeting = qmp.receive(DOING, deadline).map_err(|error| match error {
+            QmpError::Timeout { waited, .. } if qmp.framer.is_empty() => {
+                QmpError::Busy { path: path.into(), waited }
+            }
+            other => other,
+        })?;
+        qmp.greeting = greeting
+            .get("QMP")
+            .and_then(|qmp| Version::deserialize(qmp.get("version")?).ok())
+            .ok_or_else(|| QmpError::Protocol {
+                doing: DOING,
+                what: format!("no greeting but {:?}", Excerpt::new(&show(&greeting))),
+            })?;
+        qmp.run(Command::QmpCapabilities, json!({}), deadline)?;
+        Ok(qmp)
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The version that QEMU named in its greeting.
+    pub fn version(&self) -> &Version {
+        &self.greeting
+    }
+
+    /// Who listens on the socket. With QMP served by QEMU itself this is QEMU.
+    ///
+    /// # Errors
+    /// [`QmpError::Io`].
+    pub fn peer(&self) -> Result<PeerCred, QmpError> {
+        let cred =
+            nix::sys::socket::getsockopt(&self.stream, nix::sys::socket::sockopt::PeerCredentials)
+                .map_err(|errno| QmpError::Io { doing: "SO_PEERCRED", source: errno.into() })?;
+        let pid = u32::try_from(cred.pid()).ok().filter(|&pid| pid != 0);
+        Ok(PeerCred { pid, uid: cred.uid() })
+    }
+
+    /// Sends a query and waits for its answer: the value of `return`.
+    ///
+    /// `human-monitor-command` is not sent this way but by [`Qmp::hmp`], which knows the lines
+    /// that may be sent.
+    ///
+    /// # Errors
+    /// [`QmpError::Refused`] when QEMU refuses and [`QmpError::Timeout`] when no answer came: the
+    /// next command may be tried. After the others every command is [`QmpError::Broken`].
+    pub fn execute(
+        &mut self,
+        command: Command,
+        arguments: Value,
+        timeout: Duration,
+    ) -> Result<Value, QmpError> {
+        if command == Command::HumanMonitorCommand {
+            return Err(QmpError::Protocol {
+                doing: command.word(),
+                what: "lines of the human monitor go through hmp()".into(),
+            });
+        }
+        self.run(command, arguments, Deadline::new(timeout))
+    }
+
+    /// As [`Qmp::execute`], with the answer in the shape `T`.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`]; [`QmpError::Shape`] when the answer is no `T`.
+    pub fn query<T: serde::de::DeserializeOwned>(
+        &mut self,
+        command: Command,
+        arguments: Value,
+        timeout: Duration,
+    ) -> Result<T, QmpError> {
+        let answer = self.execute(command, arguments, timeout)?;
+        T::deserialize(answer)
+            .map_err(|error| QmpError::Shape { command: command.word(), what: error.to_string() })
+    }
+
+    /// Sends a line to the human monitor; its text with `\r\n` turned into `\n`.
+    ///
+    /// The human monitor puts most errors into the text: read it for what you expect, not for
+    /// errors.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn hmp(&mut self, line: Hmp, timeout: Duration) -> Result<String, QmpError> {
+        let command = Command::HumanMonitorCommand;
+        let arguments = json!({ "command-line": line.line() });
+        match self.run(command, arguments, Deadline::new(timeout))? {
+            Value::String(text) => Ok(text.replace("\r\n", "\n")),
+            _ => Err(QmpError::Shape { command: command.word(), what: "not a string".into() }),
+        }
+    }
+
+    /// Takes the events read so far, in order.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Reads events for as long as `wait`, or until the first one is there.
+    ///
+    /// # Errors
+    /// The variants that end a conversation; that no event came is none.
+    pub fn poll_events(&mut self, wait: Duration) -> Result<(), QmpError> {
+        const DOING: &str = "waiting for events";
+        if !self.usable {
+            return Err(QmpError::Broken);
+        }
+        let deadline = Deadline::new(wait);
+        while self.events.is_empty() {
+            let message = match self.receive(DOING, deadline) {
+                Err(QmpError::Timeout { .. }) => return Ok(()),
+                other => self.poison(other)?,
+            };
+            let handled = self.sort_out(message, None, DOING);
+            self.poison(handled)?;
+        }
+        Ok(())
+    }
+
+    /// Sends, waits, tells the transcript.
+    fn run(
+        &mut self,
+        command: Command,
+        arguments: Value,
+        deadline: Deadline,
+    ) -> Result<Value, QmpError> {
+        let result = self.exchange(command, &arguments, deadline);
+        let finished = Instant::now();
+        if let Some(transcript) = &mut self.transcript {
+            transcript(&Exchange {
+                command,
+                arguments: &arguments,
+                outcome: result.as_ref().map_or_else(QmpError::outcome, |_| Outcome::Answered),
+                error: result.as_ref().err(),
+                started: deadline.began,
+                finished,
+            });
+        }
+        result
+    }
+
+    fn exchange(
+        &mut self,
+        command: Command,
+        arguments: &Value,
+        deadline: Deadline,
+    ) -> Result<Value, QmpError> {
+        if !self.usable {
+            return Err(QmpError::Broken);
+        }
+        let doing = command.word();
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut line =
+            json!({ "execute": doing, "arguments": arguments, "id": id }).to_string().into_bytes();
+        line.push(b'\n');
+        let sent = self.send(doing, &line, deadline);
+        self.poison(sent)?;
+        loop {
+            let message = match self.receive(doing, deadline) {
+                Err(error @ QmpError::Timeout { .. }) => {
+                    self.given_up.insert(id);
+                    return Err(error);
+                }
+                other => self.poison(other)?,
+            };
+            let answer = self.sort_out(message, Some(id), doing);
+            match self.poison(answer)? {
+                None => {}
+                Some(Ok(value)) => return Ok(value),
+                Some(Err((class, desc))) => {
+                    return Err(QmpError::Refused { command: doing, class, desc });
+                }
+            }
+        }
+    }
+
+    /// After any failure that passes through here the connection is not used again.
+    fn poison<T>(&mut self, result: Result<T, QmpError>) -> Result<T, QmpError> {
+        self.usable &= result.is_ok();
+        result
+    }
+
+    /// Keeps an event, drops a late answer, hands out the answer to `id`: its value, or the class
+    /// and text of QEMU's refusal.
+    fn sort_out(
+        &mut self,
+        message: Map<String, Value>,
+        id: Option<u64>,
+        doing: &'static str,
+    ) -> Result<Option<Answer>, QmpError> {
+        let breach = |what: String| QmpError::Protocol { doing, what };
+        if message.contains_key("event") {
+            if self.events.len() >= MAX_EVENTS {
+                return Err(breach(format!("more than {MAX_EVENTS} events that nobody took")));
+            }
+            let event = parse_event(&message)
+                .ok_or_else(|| breach(format!("odd event {:?}", Excerpt::new(&show(&message)))))?;
+            self.events.push(event);
+            return Ok(None);
+        }
+        let answer = parse_answer(&message).ok_or_else(|| {
+            breach(format!("neither answer nor event: {:?}", Excerpt::new(&show(&message))))
+        })?;
+        match message.get("id").and_then(Value::as_u64) {
+            Some(got) if Some(got) == id => Ok(Some(answer)),
+            Some(late) if self.given_up.remove(&late) => Ok(None),
+            _ => {
+                let got = message.get("id").map_or("none".into(), Value::to_string);
+                let sent = id.map_or("none".into(), |id| id.to_string());
+                Err(breach(format!("the answer's id is {:?}, not {sent}", Excerpt::new(&got))))
+            }
+        }
+    }
+
+    fn send(
+        &mut self,
+        doing: &'static str,
+        line: &[u8],
+        deadline: Deadline,
+    ) -> Result<(), QmpError> {
+        let mut rest = line;
+        while !rest.is_empty() {
+            let timeout = QmpError::Timeout { doing, waited: deadline.length };
+            let Some(left) = deadline.left() else { return Err(timeout) };
+            let io = |source| QmpError::Io { doing, source };
+            self.stream.set_write_timeout(Some(left)).map_err(io)?;
+            match self.stream.write(rest) {
+                Ok(0) => return Err(QmpError::Closed { doing }),
+                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
+                    io::ErrorKind::BrokenPipe => return Err(QmpError::Closed { doing }),
+                    _ => return Err(io(error)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// The next JSON object.
+    fn receive(
+        &mut self,
+        doing: &'static str,
+        deadline: Deadline,
+    ) -> Result<Map<String, Value>, QmpError> {
+        let breach = |what: String| QmpError::Protocol { doing, what };
+        let mut chunk = [0; 64 << 10];
+        loop {
+            match self.framer.next(MAX_MESSAGE) {
+                Ok(Some(message)) => {
+                    return serde_json::from_slice(&message)
+                        .map_err(|error| breach(format!("not JSON: {error}")));
+                }
+                Ok(None) => {}
+                Err(FrameError::TooLong) => {
+                    return Err(breach(format!("a message of more than {MAX_MESSAGE} bytes")));
+                }
+                Err(FrameError::Garbage(text)) => {
+                    return Err(breach(format!("not JSON: {text:?}")));
+                }
+            }
+            let timeout = QmpError::Timeout { doing, waited: deadline.length };
+            let Some(left) = deadline.left() else { return Err(timeout) };
+            let io = |source| QmpError::Io { doing, source };
+            self.stream.set_read_timeout(Some(left)).map_err(io)?;
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(QmpError::Closed { doing }),
+                Ok(n) => self.framer.push(chunk.get(..n).unwrap_or_default()),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
+                    io::ErrorKind::ConnectionReset => return Err(QmpError::Closed { doing }),
+                    _ => return Err(io(error)),
+                },
+            }
+        }
+    }
+}
+
+/// Who listens on the socket at `path`, without a word to them. A monitor that has no client takes
+/// us for one until we are gone; a busy one does not notice.
+///
+/// # Errors
+/// [`QmpError::Connect`], [`QmpError::Busy`] when the listen queue stays full for `deadline`,
+/// [`QmpError::Io`].
+pub fn peer_of(path: &Path, deadline: Duration) -> Result<PeerCred, QmpError> {
+    peer(&connect_unix(path, Deadline::new(deadline))?)
+}
+
+fn peer(stream: &UnixStream) -> Result<PeerCred, QmpError> {
+    let cred = nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerCredentials)
+        .map_err(|errno| QmpError::Io { doing: "SO_PEERCRED", source: errno.into() })?;
+    let pid = u32::try_from(cred.pid()).ok().filter(|&pid| pid != 0);
+    Ok(PeerCred { pid, uid: cred.uid() })
+}
+
+/// The value of an answer, or class and text of a refusal.
+type Answer = Result<Value, (Excerpt, Excerpt)>;
+
+fn parse_answer(message: &Map<String, Value>) -> Option<Answer> {
+    if let Some(value) = message.get("return") {
+        return Some(Ok(value.clone()));
+    }
+    let error = message.get("error")?;
+    let text = |key: &str| Some(Excerpt::new(error.get(key)?.as_str()?));
+    Some(Err((text("class")?, text("desc")?)))
+}
+
+fn parse_event(message: &Map<String, Value>) -> Option<Event> {
+    let time = message.get("timestamp")?;
+    Some(Event {
+        name: message.get("event")?.as_str()?.into(),
+        data: message.get("data").cloned().unwrap_or(Value::Null),
+        seconds: time.get("seconds")?.as_i64()?,
+        microseconds: time.get("microseconds")?.as_i64()?,
+        received: Instant::now(),
+    })
+}
+
+fn show(message: &Map<String, Value>) -> String {
+    serde_json::to_string(message).unwrap_or_default()
+}
+
+/// Connects without ever blocking: a listen queue that is full makes a blocking connect wait for
+/// as long as the other clients like.
+fn connect_unix(path: &Path, deadline: Deadline) -> Result<UnixStream, QmpError> {
+    let failed = |errno: Errno| QmpError::Connect { path: path.into(), source: errno.into() };
+    let address = SocketAddrUnix::new(path).map_err(failed)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .map_err(failed)?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok(UnixStream::from(socket)),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+        match deadline.left() {
+            Some(left) => std::thread::sleep(left.min(CONNECT_PAUSE)),
+            None => return Err(QmpError::Busy { path: path.into(), waited: deadline.length }),
+        }
+    }
+}
