@@ -1,1 +1,37 @@
-//! placeholder
+//! stillframe's lab: real guests under real QEMUs, for tests of five lines.
+//!
+//! ```no_run
+//! # fn main() -> lab::Result<()> {
+//! let lab = lab::Lab::open()?;
+//! let mut guest = lab.guest().machine(lab::Machine::Q35).memory_mib(512).boot()?;
+//! assert_eq!(guest.sh("uname -s")?, "Linux\n");
+//! guest.finish()
+//! # }
+//! ```
+//!
+//! The lab shares no code with the tool, so that it can contradict it: it has its own QMP client,
+//! its own reading of QEMU's memory map and its own way to guest memory.
+#![forbid(unsafe_code)]
+
+mod cpio;
+mod error;
+mod guest;
+mod initramfs;
+mod kit;
+mod mtree;
+pub mod outer;
+#[path = "../guest/pattern.rs"]
+pub mod pattern;
+pub mod proc;
+mod qmp;
+pub mod runner;
+mod serial;
+pub mod setup;
+
+pub use error::{Doing, Failure, Result, failed, skipped};
+pub use guest::{Accel, Backing, Builder, Guest, Machine, file_filler};
+pub use initramfs::{CANARY, GUEST_MODULES};
+pub use kit::{Kit, Version, cache};
+pub use mtree::Range;
+pub use qmp::Qmp;
+pub use runner::Lab;

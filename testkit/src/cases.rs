@@ -250,6 +250,14 @@ fn texts(cases: &mut Cases) -> Result<()> {
     cases.broken("sums-reordered", "two lines changed places", &sums, &[], &|e| {
         edit_lines(e, exhibit::SUMS, &|lines| lines.swap(0, 1))
     })?;
+    let why = "the digest of the journal, which the manifest confirms";
+    cases.broken("sums-edited", why, &sums, &[], &|e| {
+        edit_lines(e, exhibit::SUMS, &|lines| {
+            for line in lines.iter_mut().filter(|line| line.ends_with(exhibit::JOURNAL)) {
+                line.replace_range(..4, "0000");
+            }
+        })
+    })?;
     cases.broken("sums-missing", "gone", &sums, &[], &|e| remove(e, exhibit::SUMS))?;
     let map = [exhibit::MAP_BEFORE];
     cases.broken("map-text-edited", "a byte", &map, &[], &|e| flip(e, exhibit::MAP_BEFORE, 3))?;
@@ -266,6 +274,14 @@ fn texts(cases: &mut Cases) -> Result<()> {
     cases.broken("manifest-edited", "the case number", &disputed, &[], &|e| {
         edit_lines(e, exhibit::MANIFEST, &|lines| {
             lines.iter_mut().for_each(|line| *line = line.replace("2026-117", "2026-118"));
+        })
+    })?;
+    let why = "the digest of the block records, which SHA256SUMS confirms";
+    cases.broken("manifest-digest", why, &record, &[], &|e| {
+        let wrong = sha256(b"other").to_string();
+        let right = sha256(e.get(exhibit::BLOCKS).ok_or("no records")?).to_string();
+        edit_lines(e, exhibit::MANIFEST, &|lines| {
+            lines.iter_mut().for_each(|line| *line = line.replace(&right, &wrong));
         })
     })?;
     let custody = build(Recipe { added_later: true, ..Recipe::default() })?;

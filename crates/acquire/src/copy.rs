@@ -6,18 +6,18 @@
 
 use crate::event::{Event, Observer, Phase};
 use crate::stop::Stop;
-use evidence::block::{Block, TooManyBlocks};
+use evidence::block::{BLOCK_BYTES, BLOCK_PAGES, Block, TooManyBlocks, index};
 use evidence::digest::Digest;
 use evidence::record::Span;
 use evidence::state::page_count;
-use evidence::{BLOCK_LEN, MemoryMap, PageState};
+use evidence::{MemoryMap, PageState};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// The pages of a block that two reads differ in: bit `n` is the block's `n`th page.
-pub type Changed = [u64; (BLOCK_LEN / evidence::PAGE) as usize / 64 + 1];
+pub type Changed = [u64; BLOCK_PAGES.div_ceil(64)];
 
 /// One block and all that is known of it: about 400 bytes for a MiB of guest.
 #[derive(Debug)]
@@ -49,8 +49,7 @@ pub fn cells(map: &MemoryMap) -> Result<Vec<Cell>, TooManyBlocks> {
         .into_iter()
         .map(|block| Cell {
             block,
-            // A block has at most 257 pages, so the conversion cannot fail.
-            states: vec![PageState::Hole; usize::try_from(page_count(block)).unwrap_or(0)].into(),
+            states: vec![PageState::Hole; index(page_count(block))].into(),
             stored: Span { t0_ns: 0, t1_ns: 0 },
             pass: 0,
             earlier: None,
@@ -70,20 +69,13 @@ pub struct Scratch {
 
 impl Scratch {
     fn new() -> Self {
-        let bytes = || vec![0u8; BLOCK_LEN as usize].into_boxed_slice();
-        let pages = BLOCK_LEN / evidence::PAGE + 1;
-        Self {
-            new: bytes(),
-            old: bytes(),
-            states: vec![PageState::Hole; pages as usize].into(),
-        }
+        let bytes = || vec![0u8; BLOCK_BYTES].into_boxed_slice();
+        Self { new: bytes(), old: bytes(), states: vec![PageState::Hole; BLOCK_PAGES].into() }
     }
 
     /// The two buffers and the states, cut to `block`.
     pub fn parts(&mut self, block: Block) -> (&mut [u8], &mut [u8], &mut [PageState]) {
-        // A block is at most BLOCK_LEN long and touches at most one page more than fit in it.
-        let len = block.len() as usize;
-        let pages = page_count(block) as usize;
+        let (len, pages) = (index(block.len()), index(page_count(block)));
         (&mut self.new[..len], &mut self.old[..len], &mut self.states[..pages])
     }
 }

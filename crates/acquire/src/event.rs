@@ -128,3 +128,34 @@ impl<F: Fn(Event) + Sync> Observer for F {
         self(event);
     }
 }
+
+/// The JSON Schema of one line of `--json`.
+pub fn schema() -> schemars::Schema {
+    schemars::schema_for!(Event)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With `UPDATE_SCHEMA=1` writes the published schema, else compares it.
+    #[test]
+    fn the_published_schema_is_that_of_the_code() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../docs/schema/event-1.schema.json");
+        let text = format!("{}\n", serde_json::to_string_pretty(&schema()).unwrap());
+        if std::env::var_os("UPDATE_SCHEMA").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        let published = std::fs::read_to_string(&path).unwrap();
+        assert!(published == text, "it differs; UPDATE_SCHEMA=1 writes it anew");
+    }
+
+    #[test]
+    fn an_event_is_one_object_with_its_name() {
+        let done = Event::Done { exit: 4, exhibit: None, reason: Some("no".into()) };
+        let text = serde_json::to_string(&done).unwrap();
+        assert_eq!(text, r#"{"event":"done","exit":4,"exhibit":null,"reason":"no"}"#);
+        assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), done);
+    }
+}

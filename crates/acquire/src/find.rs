@@ -147,9 +147,9 @@ pub fn one(wanted: &str) -> Result<Target, FindError> {
 }
 
 fn by_pid(pid: u32, wanted: &str) -> Result<Target, FindError> {
-    look(pid).map_err(|cause| FindError::Process { pid, cause })?.ok_or_else(|| {
-        FindError::Nobody { wanted: wanted.to_owned(), running: Vec::new() }
-    })
+    look(pid)
+        .map_err(|cause| FindError::Process { pid, cause })?
+        .ok_or_else(|| FindError::Nobody { wanted: wanted.to_owned(), running: Vec::new() })
 }
 
 /// The process behind a socket is who the kernel says it is, not who a command line claims.
@@ -160,9 +160,8 @@ fn by_socket(path: &Path) -> Result<Target, FindError> {
     let name = pid.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
     let not_qemu = || FindError::NotQemu { path: path.to_owned(), pid: name };
     let Some(pid) = pid else { return Err(not_qemu()) };
-    let mut target = look(pid)
-        .map_err(|cause| FindError::Process { pid, cause })?
-        .ok_or_else(not_qemu)?;
+    let mut target =
+        look(pid).map_err(|cause| FindError::Process { pid, cause })?.ok_or_else(not_qemu)?;
     target.sockets = vec![path.to_owned()];
     Ok(target)
 }

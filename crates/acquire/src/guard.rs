@@ -56,19 +56,18 @@ pub fn guard(
     let parent = request.output.clone().unwrap_or_else(|| PathBuf::from("."));
     let output = |cause| Failure::Output { path: parent.clone(), cause };
     let record_id = host::random::uuid();
-    let layout = looked
-        .layout(plan.format, &[note(&record_id)])
-        .map_err(|error| Failure::Refused(crate::plan::Refusal {
+    let layout = looked.layout(plan.format, &[note(&record_id)]).map_err(|error| {
+        Failure::Refused(crate::plan::Refusal {
             reason: error.to_string(),
             remedies: vec!["--format lime".to_owned()],
-        }))?;
+        })
+    })?;
     let name = looked.exhibit_name(&began.utc, &record_id);
     let draft = NewExhibit::create(&parent, &name).map_err(output)?;
     let image_name = exhibit::image_name(plan.format);
-    let (file, map_before) =
-        files(looked, log, &draft, &image_name, &layout).map_err(|cause| {
-            Failure::Record { exhibit: draft.partial_path(), cause: Box::new(cause) }
-        })?;
+    let (file, map_before) = files(looked, log, &draft, &image_name, &layout).map_err(|cause| {
+        Failure::Record { exhibit: draft.partial_path(), cause: Box::new(cause) }
+    })?;
     log.add("guard", json!({ "exhibit": name, "record_id": record_id, "plan": plan }));
     let (ram, refusal) = match reserve(request, looked, plan, &file, tell, stop) {
         Ok(ram) => (ram, None),

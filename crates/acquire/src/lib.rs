@@ -446,11 +446,8 @@ impl Run {
             warnings: looked.warnings.clone(),
             end_reason: if ending.is_whole() { None } else { ending.reason() },
         };
-        let journal = JournalFile {
-            file: exhibit::JOURNAL.to_owned(),
-            lines: head.lines,
-            head: head.digest,
-        };
+        let journal =
+            JournalFile { file: exhibit::JOURNAL.to_owned(), lines: head.lines, head: head.digest };
         let manifest = story.manifest(&self.cells, sealed, journal);
         let bytes = manifest.to_json().map_err(|e| fail(Box::new(e)))?;
         let sums = seal::sums(&manifest, &bytes, &guarded).map_err(|e| fail(Box::new(e)))?;

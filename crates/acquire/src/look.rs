@@ -73,12 +73,7 @@ impl Surveyed {
 pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
     let looked = look(request, &Log::begin(Instant::now()))?;
     let decision = plan::choose(&looked.facts, &request.wish);
-    Ok(Surveyed {
-        row: looked.target.row,
-        facts: looked.facts,
-        map: looked.located.map,
-        decision,
-    })
+    Ok(Surveyed { row: looked.target.row, facts: looked.facts, map: looked.located.map, decision })
 }
 
 /// Finds the VM and maps its memory. Queries only.
@@ -86,8 +81,11 @@ pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
 /// # Errors
 /// [`Failure`].
 pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
-    log.add("begin", json!({ "tool": "stillframe", "version": env!("CARGO_PKG_VERSION"),
-                             "vm": request.vm }));
+    log.add(
+        "begin",
+        json!({ "tool": "stillframe", "version": env!("CARGO_PKG_VERSION"),
+                             "vm": request.vm }),
+    );
     let target = find::one(&request.vm)?;
     log.add("found", &target.row);
     let (mut qmp, skipped) = monitor::open(&target, log)?;
@@ -106,8 +104,10 @@ pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
     let facts = facts(request, &target, &vm, migration, &located, &memory)?;
     log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
     if memory.reads_around_ksm() {
-        warnings.push("KSM may have merged pages: memory is read the slower way that keeps them so"
-            .to_owned());
+        warnings.push(
+            "KSM may have merged pages: memory is read the slower way that keeps them so"
+                .to_owned(),
+        );
     }
     Ok(Looked { target, vm, located, memory, facts, resident, warnings, qmp })
 }
@@ -134,10 +134,7 @@ fn ask(
     let vm = VmFacts {
         qemu_version: format!(
             "{}.{}.{} {}",
-            number.major,
-            number.minor,
-            number.micro,
-            version.package
+            number.major, number.minor, number.micro, version.package
         )
         .trim_end()
         .to_owned(),
@@ -255,18 +252,13 @@ impl Looked {
         }
         self.memory.begin_pass()?;
         let (located, _) = map::locate(&mut self.qmp, process)?;
-        let run_state =
-            qemu::facts::Facts::of(&mut self.qmp, monitor::QUERY).status()?.status;
+        let run_state = qemu::facts::Facts::of(&mut self.qmp, monitor::QUERY).status()?.status;
         Ok(Again { located, run_state })
     }
 
     /// How each imaged region is read.
     pub fn readers(&self) -> Vec<(GuestRange, &'static str)> {
-        self.memory
-            .places()
-            .iter()
-            .map(|held| (held.place().range, held.reader().word()))
-            .collect()
+        self.memory.places().iter().map(|held| (held.place().range, held.reader().word())).collect()
     }
 
     /// The exhibit's name.

@@ -61,10 +61,7 @@ pub enum LocateError {
 ///
 /// # Errors
 /// [`LocateError`] names both sides of every disagreement.
-pub fn locate(
-    qmp: &mut Qmp,
-    process: &Process,
-) -> Result<(Located, GuestMemory), LocateError> {
+pub fn locate(qmp: &mut Qmp, process: &Process) -> Result<(Located, GuestMemory), LocateError> {
     let view = GuestView::take(qmp, crate::monitor::QUERY)?;
     let places = places(&view)?;
     let memory = GuestMemory::open(process, &places)?;
@@ -80,10 +77,9 @@ fn places(view: &GuestView) -> Result<Vec<Place>, LocateError> {
     for entry in &view.regions {
         let region = &entry.region;
         let Some(range) = region.range().filter(|_| region.kind.in_image()) else { continue };
-        let hva = entry.hva.ok_or_else(|| LocateError::NoAddress {
-            name: region.name.clone(),
-            gpa: region.gpa,
-        })?;
+        let hva = entry
+            .hva
+            .ok_or_else(|| LocateError::NoAddress { name: region.name.clone(), gpa: region.gpa })?;
         places.push(Place { range, hva });
     }
     Ok(places)

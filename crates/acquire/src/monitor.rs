@@ -21,7 +21,9 @@ pub const QUERY: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The VM has none.
-    #[error("{name:?} (PID {pid}) has no QMP socket on its command line, and the map must come from QEMU")]
+    #[error(
+        "{name:?} (PID {pid}) has no QMP socket on its command line, and the map must come from QEMU"
+    )]
     None {
         /// The VM's name.
         name: String,

@@ -264,8 +264,9 @@ fn method(wish: &Wish) -> Result<(Method, String, Vec<Rejected>), Refusal> {
         (None, Consistency::PointInTime) => {
             rejected.push(Rejected {
                 method: Method::Live,
-                reason: "its image is smeared over the time of reading, and one instant is asked for"
-                    .to_owned(),
+                reason:
+                    "its image is smeared over the time of reading, and one instant is asked for"
+                        .to_owned(),
             });
             let reasons: Vec<String> =
                 rejected.iter().map(|r| format!("{}: {}", r.method.word(), r.reason)).collect();
@@ -308,10 +309,7 @@ fn store(facts: &Facts, wish: &Wish) -> Result<(StoreKind, String), Refusal> {
     let limit = format!("{} bytes, set by {}", facts.ram_limit_bytes, facts.ram_limit_by);
     match wish.store {
         Some(StoreKind::Ram) if !fits => Err(Refusal::new(
-            format!(
-                "a RAM store needs {} bytes and may take {limit}",
-                facts.resident_bytes
-            ),
+            format!("a RAM store needs {} bytes and may take {limit}", facts.resident_bytes),
             &["--store disk", "--max-ram N where it is --max-ram that limits"],
         )),
         Some(kind) => Ok((kind, format!("asked for: --store {}", kind.word()))),

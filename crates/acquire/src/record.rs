@@ -9,7 +9,7 @@ use crate::{CaseNotes, Request};
 use evidence::digest::{Digest, Hasher};
 use evidence::manifest::{
     self, Change, Clock, FileRecord, Footprint, Host, JournalFile, Loss, LossKind, Manifest,
-    MapCheck, Operator, StateBytes, Stable, Status, Tool, VOLATILE, Vm,
+    MapCheck, Operator, Stable, StateBytes, Status, Tool, VOLATILE, Vm,
 };
 use evidence::record::Span;
 use evidence::state::pages;

@@ -18,6 +18,7 @@ use evidence::{GuestRange, PageState};
 use host::exhibit_dir::ExhibitError;
 use host::{DiskStore, Store};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Why sealing failed. The guest is not involved any more.
@@ -115,28 +116,52 @@ fn is_zero(bytes: &[u8]) -> bool {
     words.iter().all(|word| word == &[0; 64]) && rest.iter().all(|&byte| byte == 0)
 }
 
+/// Zero pages between two data pages that are written rather than left out, in bytes. One write of
+/// a few zeros is quicker than two writes and a hole, and disks have no use for smaller holes.
+const MEND: usize = 64 << 10;
+
 fn write(cell: &Cell, bytes: &[u8], image: &Image<'_>) -> io::Result<()> {
-    let is_data = |page: usize| cell.states.get(page).is_some_and(|state| state.has_bytes());
-    let at = |run: &std::ops::Range<usize>| {
+    let data = mended(page_runs(cell.block, |page| {
+        cell.states.get(page).is_some_and(|state| state.has_bytes())
+    }));
+    let at = |run: &Range<usize>| {
         GuestRange::new(cell.block.start() + run.start as u64, (run.end - run.start) as u64)
     };
-    let (file, data, holes) = match image {
-        Image::Apart(file) => (file, page_runs(cell.block, is_data), Vec::new()),
-        Image::InPlace(file) => {
-            (file, Vec::new(), page_runs(cell.block, |page| !is_data(page)))
-        }
+    let (file, apart) = match image {
+        Image::Apart(file) => (file, true),
+        Image::InPlace(file) => (file, false),
     };
-    for run in data {
-        if let (Some(at), Some(bytes)) = (at(&run), bytes.get(run)) {
+    for run in data.iter().filter(|_| apart) {
+        if let (Some(at), Some(bytes)) = (at(run), bytes.get(run.clone())) {
             file.put(at, bytes)?;
         }
     }
-    for run in holes {
-        if let Some(at) = at(&run) {
+    // Space was set aside for the whole block; what holds no data is given back.
+    for hole in between(&data, bytes.len()) {
+        if let Some(at) = at(&hole) {
             file.punch(at)?;
         }
     }
     Ok(())
+}
+
+/// Runs with the small gaps between them filled.
+fn mended(runs: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    let mut out: Vec<Range<usize>> = Vec::new();
+    for run in runs {
+        match out.last_mut() {
+            Some(last) if run.start - last.end < MEND => last.end = run.end,
+            _ => out.push(run),
+        }
+    }
+    out
+}
+
+/// What lies before, between and behind `runs` in `0..len`.
+fn between(runs: &[Range<usize>], len: usize) -> Vec<Range<usize>> {
+    let starts = std::iter::once(0).chain(runs.iter().map(|run| run.end));
+    let ends = runs.iter().map(|run| run.start).chain(std::iter::once(len));
+    starts.zip(ends).map(|(start, end)| start..end).filter(|gap| !gap.is_empty()).collect()
 }
 
 /// Writes what the image holds beside memory: headers and notes. Gives back their digest, as
@@ -206,15 +231,9 @@ pub fn file_digest(
 ///
 /// # Errors
 /// A file could not be read back.
-pub fn sums(
-    manifest: &Manifest,
-    bytes: &[u8],
-    guarded: &Guarded,
-) -> Result<String, ExhibitError> {
-    let mut sums: Vec<Sum> = manifest
-        .files()
-        .map(|file| Sum { name: file.file.clone(), sha256: file.sha256 })
-        .collect();
+pub fn sums(manifest: &Manifest, bytes: &[u8], guarded: &Guarded) -> Result<String, ExhibitError> {
+    let mut sums: Vec<Sum> =
+        manifest.files().map(|file| Sum { name: file.file.clone(), sha256: file.sha256 }).collect();
     sums.push(Sum { name: exhibit::MANIFEST.to_owned(), sha256: sha256(bytes) });
     sums.push(Sum {
         name: exhibit::JOURNAL.to_owned(),
@@ -250,8 +269,7 @@ pub struct Records {
 /// [`SealError::Records`].
 pub fn records(cells: &[Cell], out: impl Write) -> Result<Records, SealError> {
     let mut root = MemoryRoot::default();
-    let mut writer =
-        RecordWriter::new(HashingWriter::new(out)).map_err(RecordError::from)?;
+    let mut writer = RecordWriter::new(HashingWriter::new(out)).map_err(RecordError::from)?;
     for cell in cells {
         let record = record(cell);
         root.add(cell.block, record.known(), cell.digest);
@@ -292,6 +310,15 @@ fn page_runs_of(changed: &Changed) -> Vec<PageRun> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn small_gaps_are_mended_and_the_rest_is_given_back() {
+        let runs = mended(vec![4096..8192, 8192 + MEND - 4096..8192 + MEND, 500_000..504_096]);
+        assert_eq!(runs, [4096..8192 + MEND, 500_000..504_096]);
+        assert_eq!(between(&runs, 1 << 20), [0..4096, 8192 + MEND..500_000, 504_096..1 << 20]);
+        assert!(between(&[], 10).iter().eq(std::iter::once(&(0..10))));
+        assert!(between(std::slice::from_ref(&(0..10)), 10).is_empty());
+    }
 
     #[test]
     fn bits_become_runs() {

@@ -8,15 +8,15 @@ use std::time::Duration;
 /// Forensically sound memory images of QEMU/KVM virtual machines, from the host.
 #[derive(Debug, Parser)]
 #[command(name = "stillframe", version, about, max_term_width = 100)]
-pub struct Args {
+pub(crate) struct Args {
     /// What to do.
     #[command(subcommand)]
-    pub verb: Verb,
+    pub(crate) verb: Verb,
 }
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
-pub enum Verb {
+pub(crate) enum Verb {
     /// Show the VMs on this host; opens no monitor
     List(List),
     /// Show what would be done, why, and why not otherwise; changes nothing
@@ -31,110 +31,110 @@ pub enum Verb {
 
 /// `list`.
 #[derive(Debug, clap::Args)]
-pub struct List {
+pub(crate) struct List {
     /// One JSON object a line
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// `doctor`.
 #[derive(Debug, clap::Args)]
-pub struct Doctor {
+pub(crate) struct Doctor {
     /// One JSON object a line
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// `verify`.
 #[derive(Debug, clap::Args)]
-pub struct Verify {
+pub(crate) struct Verify {
     /// The exhibit's directory
-    pub exhibit: PathBuf,
+    pub(crate) exhibit: PathBuf,
     /// The verdict as one JSON object
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
     /// Threads that read and hash; default: one a CPU
     #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    pub(crate) threads: Option<usize>,
 }
 
 /// The flags that `plan` and `acquire` share.
 #[derive(Debug, clap::Args)]
-pub struct How {
+pub(crate) struct How {
     /// The VM: name, UUID, PID, or the path of a QMP socket (then that monitor is used)
-    pub vm: String,
+    pub(crate) vm: String,
     /// How memory is read; default: chosen by what the host allows
     #[arg(long, value_enum, value_name = "METHOD")]
-    pub method: Option<MethodArg>,
+    pub(crate) method: Option<MethodArg>,
     /// What the image must show when no method is named
     #[arg(long, value_enum, default_value = "point-in-time")]
-    pub consistency: ConsistencyArg,
+    pub(crate) consistency: ConsistencyArg,
     /// The longest stall of the guest that is allowed: 100ms, 2s
     #[arg(long, value_parser = duration, default_value = "100ms", value_name = "TIME")]
-    pub stall_budget: Duration,
+    pub(crate) stall_budget: Duration,
     /// The image's format
     #[arg(long, value_enum, default_value = "elf")]
-    pub format: FormatArg,
+    pub(crate) format: FormatArg,
     /// Where captured bytes rest first; default: ram when they fit, else disk
     #[arg(long, value_enum)]
-    pub store: Option<StoreArg>,
+    pub(crate) store: Option<StoreArg>,
     /// The most host memory that a RAM store may take: 512M, 8G
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
-    pub max_ram: Option<u64>,
+    pub(crate) max_ram: Option<u64>,
     /// Read guest memory that the host has swapped out, even when it is much
     #[arg(long)]
-    pub swap_in: bool,
+    pub(crate) swap_in: bool,
     /// Write where there is little room, or beside the VM's own disks
     #[arg(long)]
-    pub force_output: bool,
+    pub(crate) force_output: bool,
     /// One JSON object a line on stdout
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// `plan`.
 #[derive(Debug, clap::Args)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// How.
     #[command(flatten)]
-    pub how: How,
+    pub(crate) how: How,
     /// The directory that the exhibit would be made in
     #[arg(short, long, value_name = "DIR")]
-    pub output: Option<PathBuf>,
+    pub(crate) output: Option<PathBuf>,
 }
 
 /// `acquire`.
 #[derive(Debug, clap::Args)]
-pub struct Acquire {
+pub(crate) struct Acquire {
     /// How.
     #[command(flatten)]
-    pub how: How,
+    pub(crate) how: How,
     /// The directory that the exhibit is made in; it must exist
     #[arg(short, long, value_name = "DIR")]
-    pub output: PathBuf,
+    pub(crate) output: PathBuf,
     /// The most bytes of guest memory read a second: 500M
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
-    pub max_rate: Option<u64>,
+    pub(crate) max_rate: Option<u64>,
     /// Whether the SHA-256 of the whole image file is computed, for `sha256sum -c`
     #[arg(long, value_enum, default_value = "yes", value_name = "yes|no")]
-    pub file_digest: YesNo,
+    pub(crate) file_digest: YesNo,
     /// Case number
     #[arg(long, value_name = "TEXT")]
-    pub case: Option<String>,
+    pub(crate) case: Option<String>,
     /// Exhibit number
     #[arg(long, value_name = "TEXT")]
-    pub exhibit: Option<String>,
+    pub(crate) exhibit: Option<String>,
     /// Who takes the image
     #[arg(long, value_name = "NAME")]
-    pub examiner: Option<String>,
+    pub(crate) examiner: Option<String>,
     /// On whose authority
     #[arg(long, value_name = "TEXT")]
-    pub authority: Option<String>,
+    pub(crate) authority: Option<String>,
 }
 
 /// Yes or no.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum YesNo {
+pub(crate) enum YesNo {
     /// Yes.
     Yes,
     /// No.
@@ -143,7 +143,7 @@ pub enum YesNo {
 
 /// The methods of this version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum MethodArg {
+pub(crate) enum MethodArg {
     /// Two whole passes, the guest never held; class none, the smear measured
     Live,
 }
@@ -158,7 +158,7 @@ impl From<MethodArg> for acquire::plan::Method {
 
 /// What consistency is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ConsistencyArg {
+pub(crate) enum ConsistencyArg {
     /// One instant, or a refusal
     PointInTime,
     /// A smeared image will do
@@ -176,7 +176,7 @@ impl From<ConsistencyArg> for acquire::plan::Consistency {
 
 /// Image formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FormatArg {
+pub(crate) enum FormatArg {
     /// ELF core: Volatility, crash, drgn, gdb, MemProcFS
     Elf,
     /// Sparse file, offset = guest-physical address
@@ -197,7 +197,7 @@ impl From<FormatArg> for evidence::format::Format {
 
 /// Stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum StoreArg {
+pub(crate) enum StoreArg {
     /// Host memory: the shortest window
     Ram,
     /// The image file itself
@@ -225,11 +225,11 @@ fn bytes(text: &str) -> Result<u64, String> {
     let upper = text.to_ascii_uppercase();
     let body = upper.trim_end_matches("IB");
     let number = body.get(..body.len() - digits).unwrap_or("");
-    let number: u64 =
-        number.parse().map_err(|_| format!("{text:?} is no size; say 512M or 8G"))?;
-    number.checked_mul(1 << shift).filter(|&n| n > 0).ok_or_else(|| {
-        format!("{text:?} is out of range; say a size between 1 and 16 EiB")
-    })
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is no size; say 512M or 8G"))?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|&n| n > 0)
+        .ok_or_else(|| format!("{text:?} is out of range; say a size between 1 and 16 EiB"))
 }
 
 /// `100ms`, `2s`.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 /// What the process says when it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exit {
+pub(crate) enum Exit {
     /// Complete; for `verify`: intact and complete.
     Complete,
     /// Failed, the guest as found, the record partial.
@@ -23,7 +23,7 @@ pub enum Exit {
 
 impl Exit {
     /// The number.
-    pub fn code(self) -> u8 {
+    pub(crate) fn code(self) -> u8 {
         match self {
             Exit::Complete => 0,
             Exit::Failed => 1,

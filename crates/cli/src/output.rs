@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Bytes for people: `3.4 GiB`.
-pub fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
     #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
     let mut value = bytes as f64;
@@ -27,7 +27,7 @@ pub fn size(bytes: u64) -> String {
 }
 
 /// Nanoseconds for people: `1.23 s`, `45 ms`.
-pub fn time(ns: u64) -> String {
+pub(crate) fn time(ns: u64) -> String {
     let duration = Duration::from_nanos(ns);
     if duration >= Duration::from_secs(1) {
         format!("{:.2} s", duration.as_secs_f64())
@@ -37,7 +37,7 @@ pub fn time(ns: u64) -> String {
 }
 
 /// Control characters as escapes, so that a VM's name cannot write to the terminal.
-pub fn safe(text: &str) -> String {
+pub(crate) fn safe(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
             let escape = c.is_control() || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
@@ -48,22 +48,22 @@ pub fn safe(text: &str) -> String {
 }
 
 /// A sentence to stderr.
-pub fn say(text: &str) {
+pub(crate) fn say(text: &str) {
     let _ = writeln!(io::stderr().lock(), "stillframe: {}", safe(text));
 }
 
 /// What to do about it.
-pub fn hint(text: &str) {
+pub(crate) fn hint(text: &str) {
     let _ = writeln!(io::stderr().lock(), "hint: {}", safe(text));
 }
 
 /// An error with its causes on one line.
-pub fn error(error: &dyn Error) {
+pub(crate) fn error(error: &dyn Error) {
     say(&chain(error));
 }
 
 /// `what: cause: cause`.
-pub fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -75,13 +75,13 @@ pub fn chain(error: &dyn Error) -> String {
 }
 
 /// A line of data. `false` when nobody reads stdout any more.
-pub fn line(text: &str) -> bool {
+pub(crate) fn line(text: &str) -> bool {
     let mut out = io::stdout().lock();
     writeln!(out, "{text}").and_then(|()| out.flush()).is_ok()
 }
 
 /// An object as one JSON line.
-pub fn json(value: &impl Serialize) -> bool {
+pub(crate) fn json(value: &impl Serialize) -> bool {
     match serde_json::to_string(value) {
         Ok(text) => line(&text),
         Err(error) => {
@@ -92,7 +92,7 @@ pub fn json(value: &impl Serialize) -> bool {
 }
 
 /// Shows events: JSON lines on stdout, sentences and a bar on stderr.
-pub struct Show {
+pub(crate) struct Show {
     json: bool,
     bar: Mutex<Bar>,
 }
@@ -106,15 +106,12 @@ struct Bar {
 
 impl Show {
     /// `json`: events as JSON lines on stdout; sentences still go to stderr.
-    pub fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool) -> Self {
         let terminal = io::stderr().is_terminal();
         let target =
             if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(0), target);
-        Self {
-            json,
-            bar: Mutex::new(Bar { bar, on: None, terminal, last_line: Instant::now() }),
-        }
+        Self { json, bar: Mutex::new(Bar { bar, on: None, terminal, last_line: Instant::now() }) }
     }
 
     fn with_bar(&self, act: impl FnOnce(&mut Bar)) {
@@ -123,12 +120,12 @@ impl Show {
     }
 
     /// A sentence that does not tear the bar.
-    pub fn sentence(&self, text: &str) {
+    pub(crate) fn sentence(&self, text: &str) {
         self.with_bar(|bar| bar.bar.suspend(|| say(text)));
     }
 
     /// Takes the bar away.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         self.with_bar(|bar| bar.bar.finish_and_clear());
     }
 }

@@ -16,6 +16,18 @@ pub type Block = GuestRange;
 #[error("the map holds {0} blocks, more than the {MAX_BLOCKS} that an image may have")]
 pub struct TooManyBlocks(pub u64);
 
+/// `BLOCK_LEN` as a length of buffers.
+pub const BLOCK_BYTES: usize = 1 << 20;
+
+/// Pages that a block can touch: 256, and one more when it begins and ends amid a page.
+pub const BLOCK_PAGES: usize = 257;
+
+/// A length or count within one block as an index. Lengths of blocks are at most [`BLOCK_LEN`], so
+/// nothing is lost; a greater number gives `usize::MAX`, which no buffer has.
+pub fn index(within_block: u64) -> usize {
+    usize::try_from(within_block).unwrap_or(usize::MAX)
+}
+
 /// The blocks of one region.
 fn cells(range: GuestRange) -> impl Iterator<Item = Block> {
     (range.start() / BLOCK_LEN..=range.last() / BLOCK_LEN).filter_map(move |cell| {

@@ -144,10 +144,8 @@ mod tests {
 
     #[test]
     fn overlap_in_guest_or_file_is_refused() {
-        let at = |start, len, offset| Segment {
-            range: GuestRange::new(start, len).unwrap(),
-            offset,
-        };
+        let at =
+            |start, len, offset| Segment { range: GuestRange::new(start, len).unwrap(), offset };
         assert!(Segments::new(vec![at(0, 10, 100), at(10, 10, 0)]).is_ok());
         assert!(matches!(
             Segments::new(vec![at(0, 10, 0), at(9, 10, 100)]),

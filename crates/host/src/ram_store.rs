@@ -454,7 +454,8 @@ mod tests {
         let mut told = Vec::new();
         let needed = [range(0x1_0000_0000, 0x10_0000), range(0x0, 0x1000)];
         let tell = |done, total| told.push((done, total));
-        let store = RamStore::reserve(segments(), &needed, &limit(2 << 20), tell, || false).unwrap();
+        let store =
+            RamStore::reserve(segments(), &needed, &limit(2 << 20), tell, || false).unwrap();
         assert_eq!(store.taken(), 2 << 20);
         assert_eq!(told, [(1 << 20, 2 << 20), (2 << 20, 2 << 20)]);
         let blocks = rustix::fs::fstat(&store.memfd).unwrap().st_blocks;

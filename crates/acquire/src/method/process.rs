@@ -7,6 +7,7 @@
 use crate::copy::{self, Cell, Changed, Cut, Scratch, Setting};
 use crate::event::{Event, Observer, Phase};
 use crate::stop::Stop;
+use evidence::block::index;
 use evidence::digest::sha256;
 use evidence::record::Span;
 use evidence::state::pages;
@@ -187,10 +188,9 @@ pub(crate) fn bit(bits: &Changed, page: usize) -> bool {
 
 /// Where each page of `block` lies in a buffer that holds the block.
 pub(crate) fn page_spans(block: GuestRange) -> impl Iterator<Item = std::ops::Range<usize>> {
-    // A block is at most 1 MiB long, so its offsets fit a usize.
     pages(block).map(move |page| {
-        let at = (page.start() - block.start()) as usize;
-        at..at + page.len() as usize
+        let at = index(page.start() - block.start());
+        at..at + index(page.len())
     })
 }
 

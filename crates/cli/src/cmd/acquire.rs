@@ -12,7 +12,7 @@ use signal_hook::iterator::Signals;
 use std::thread;
 
 /// Runs the acquisition; its last event is always `done`.
-pub fn run(args: &args::Acquire) -> Exit {
+pub(crate) fn run(args: &args::Acquire) -> Exit {
     let stop = Stop::new();
     if let Err(error) = signals(&stop) {
         output::error(&error);
@@ -100,7 +100,7 @@ fn exit_of(failure: &Failure) -> Exit {
 }
 
 /// Says what went wrong before anything was done, and what to do about it.
-pub fn failed(failure: &Failure) -> Exit {
+pub(crate) fn failed(failure: &Failure) -> Exit {
     match failure {
         Failure::Find(error) => cmd::not_found(error),
         Failure::Refused(refusal) => cmd::refused(refusal),

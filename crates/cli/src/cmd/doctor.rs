@@ -6,7 +6,7 @@ use crate::output;
 use acquire::doctor::{self, Verdict};
 
 /// Prints one line a check, its remedy below it.
-pub fn run(args: &Doctor) -> Exit {
+pub(crate) fn run(args: &Doctor) -> Exit {
     let checks = doctor::examine();
     for check in &checks {
         if args.json {

@@ -6,7 +6,7 @@ use crate::output::{self, safe, size};
 use acquire::find::{self, Row};
 
 /// Prints a table, or one JSON object a line.
-pub fn run(args: &List) -> Exit {
+pub(crate) fn run(args: &List) -> Exit {
     let rows = match find::list() {
         Ok(rows) => rows,
         Err(error) => {
@@ -90,10 +90,13 @@ mod tests {
             exe: "/usr/bin/qemu-system-x86_64".into(),
         };
         let lines = table(&[row(1, "веб"), row(4711, "a\u{1b}[2J")]);
-        insta::assert_snapshot!(lines.join("\n"), @r"
-        NAME         UUID  PID   RAM      ACCEL  QMP SOCKETS
-        веб          -     1     4.0 GiB  kvm    /run/vm.sock
-        a\u{1b}[2J   -     4711  4.0 GiB  kvm    /run/vm.sock
-        ");
+        assert_eq!(
+            lines,
+            [
+                r"NAME        UUID  PID   RAM      ACCEL  QMP SOCKETS",
+                r"веб         -     1     4.0 GiB  kvm    /run/vm.sock",
+                r"a\u{1b}[2J  -     4711  4.0 GiB  kvm    /run/vm.sock",
+            ]
+        );
     }
 }

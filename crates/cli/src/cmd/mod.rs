@@ -1,10 +1,10 @@
 //! One verb a file.
 
-pub mod acquire;
-pub mod doctor;
-pub mod list;
-pub mod plan;
-pub mod verify;
+pub(crate) mod acquire;
+pub(crate) mod doctor;
+pub(crate) mod list;
+pub(crate) mod plan;
+pub(crate) mod verify;
 
 use crate::args::How;
 use crate::exit::Exit;
@@ -13,7 +13,7 @@ use ::acquire::find::FindError;
 use ::acquire::plan::{Refusal, Wish};
 
 /// The wish that the shared flags express.
-pub fn wish(how: &How) -> Wish {
+pub(crate) fn wish(how: &How) -> Wish {
     Wish {
         method: how.method.map(Into::into),
         consistency: how.consistency.into(),
@@ -26,7 +26,7 @@ pub fn wish(how: &How) -> Wish {
 }
 
 /// Says why nothing was done and what would be.
-pub fn refused(refusal: &Refusal) -> Exit {
+pub(crate) fn refused(refusal: &Refusal) -> Exit {
     output::say(&format!("refused: {}", refusal.reason));
     for remedy in &refusal.remedies {
         output::hint(remedy);
@@ -35,7 +35,7 @@ pub fn refused(refusal: &Refusal) -> Exit {
 }
 
 /// Says why no VM was found.
-pub fn not_found(error: &FindError) -> Exit {
+pub(crate) fn not_found(error: &FindError) -> Exit {
     output::error(error);
     match error {
         FindError::Nobody { running, .. } if running.is_empty() => {

@@ -8,7 +8,7 @@ use ::acquire::plan::Plan;
 use ::acquire::{Request, Surveyed};
 
 /// Looks, decides, prints; changes nothing.
-pub fn run(args: &args::Plan) -> Exit {
+pub(crate) fn run(args: &args::Plan) -> Exit {
     let request = Request {
         vm: args.how.vm.clone(),
         output: args.output.clone(),
@@ -52,7 +52,9 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
     ];
     lines.extend(plan.changes.iter().map(|text| format!("changes  {text}")));
     lines.extend(plan.warnings.iter().map(|text| format!("warning  {text}")));
-    lines.extend(plan.rejected.iter().map(|r| format!("not      {}: {}", r.method.word(), r.reason)));
+    lines.extend(
+        plan.rejected.iter().map(|r| format!("not      {}: {}", r.method.word(), r.reason)),
+    );
     for line in lines {
         if !output::line(&line) {
             break;

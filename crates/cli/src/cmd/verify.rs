@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Reads everything, writes nothing.
-pub fn run(args: &Verify) -> Exit {
+pub(crate) fn run(args: &Verify) -> Exit {
     let dir = match ExhibitFiles::open(&args.exhibit) {
         Ok(dir) => dir,
         Err(error) => {

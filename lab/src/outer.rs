@@ -1,0 +1,315 @@
+//! The outer guest: a machine under TCG whose Debian kernel loads `kvm-amd` and runs real KVM
+//! guests. What this machine's kernel lacks (soft-dirty, swap, hugepages, KSM, Yama) is there.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::cpio::Cpio;
+use crate::error::{Doing, Result, failed};
+use crate::guest::fresh_dir;
+use crate::initramfs::{self, create};
+use crate::kit::{Kit, Version};
+use crate::runner::wait;
+
+pub(crate) const INIT: &str = include_str!("../guest/outer-init.sh");
+
+/// Loaded in this order when the outer guest starts.
+const MODULES: [&str; 9] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "irqbypass",
+    "kvm",
+    "kvm-amd",
+];
+
+/// Firmware and option ROMs that the lab's machine types load.
+const FIRMWARE: [&str; 11] = [
+    "bios.bin",
+    "bios-256k.bin",
+    "bios-microvm.bin",
+    "qboot.rom",
+    "vgabios-stdvga.bin",
+    "kvmvapic.bin",
+    "linuxboot.bin",
+    "linuxboot_dma.bin",
+    "multiboot.bin",
+    "multiboot_dma.bin",
+    "pvh.bin",
+];
+
+/// Size of the disk that brings files back, and of the empty one for swap; both sparse.
+const DISK: u64 = 8 << 30;
+
+/// Everything but what a job adds: both QEMUs with their libraries and firmware, the kernel and
+/// initramfs of inner guests, in the places where [`Kit`] looks for them.
+pub(crate) fn initramfs(kit: &Kit, to: &Path) -> Result<()> {
+    let mut cpio = Cpio::new(create(to)?);
+    initramfs::base(&mut cpio)?;
+    cpio.file("init", 0o755, INIT.replace("MODULES", &MODULES.join(" ")).as_bytes())?;
+    initramfs::modules(&mut cpio, kit, &MODULES)?;
+    let inside = Kit::at(PathBuf::from("/lab"));
+    let mut programs = vec![PathBuf::from("/usr/bin/setpriv")];
+    for version in [Version::V7_2, Version::V10_0] {
+        cpio.copy(&relative(&inside.qemu_binary(version)), &kit.qemu_binary(version))?;
+        programs.push(kit.qemu_binary(version));
+    }
+    cpio.copy("usr/bin/setpriv", &programs[0])?;
+    for library in libraries(&programs)? {
+        cpio.copy(&relative(&library), &library)?;
+    }
+    let wanted = |name: &str| FIRMWARE.contains(&name);
+    for share in ["share/qemu", "share/seabios"] {
+        cpio.tree(&format!("usr/{share}"), &Path::new("/usr").join(share), &wanted)?;
+        let newer = kit.root().join("qemu-10.0/usr").join(share);
+        cpio.tree(&format!("lab/qemu-10.0/usr/{share}"), &newer, &wanted)?;
+    }
+    cpio.copy(&relative(&inside.kernel()), &kit.kernel())?;
+    cpio.copy(&relative(&inside.initramfs()), &kit.initramfs())?;
+    cpio.finish()?;
+    Ok(())
+}
+
+/// The shared libraries of some programs, as `ldd` finds them.
+fn libraries(programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
+    let mut found = BTreeSet::new();
+    for program in programs {
+        let out = Command::new("ldd").arg(program).output().doing("running ldd")?;
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        if text.contains("not found") {
+            return Err(failed(format_args!("ldd {}: {text}", program.display())));
+        }
+        let words = text.split_whitespace().filter(|word| word.starts_with('/'));
+        found.extend(words.map(PathBuf::from));
+    }
+    Ok(found)
+}
+
+fn relative(path: &Path) -> String {
+    path.to_string_lossy().trim_start_matches('/').to_owned()
+}
+
+/// A job for the outer guest.
+#[derive(Debug, Clone)]
+pub struct Outer {
+    kit: Kit,
+    memory_mib: u64,
+    cpus: u32,
+    files: Vec<(String, PathBuf)>,
+    version: Version,
+    echo: bool,
+}
+
+/// How a job ended.
+#[derive(Debug)]
+pub struct Output {
+    /// What the script wrote to stdout and stderr.
+    pub text: String,
+    /// Its exit status.
+    pub status: i32,
+    /// A directory with what it left in `/out`; removed with this value.
+    pub out: PathBuf,
+    /// Time from the start of the outer guest to its end.
+    pub took: Duration,
+    _dir: Dir,
+}
+
+impl Outer {
+    /// A job with 3 GiB and 2 CPUs.
+    pub fn new(kit: &Kit) -> Self {
+        Self {
+            kit: kit.clone(),
+            memory_mib: 3072,
+            cpus: 2,
+            files: Vec::new(),
+            version: Version::V7_2,
+            echo: false,
+        }
+    }
+
+    /// RAM of the outer guest in MiB; half of it holds files at most.
+    pub fn memory_mib(mut self, mib: u64) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// CPUs of the outer guest.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// The QEMU that runs the outer guest.
+    pub fn version(mut self, version: Version) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// Copies a file of this machine to `/PATH` inside, permissions kept.
+    pub fn file(mut self, path: &str, from: &Path) -> Self {
+        self.files.push((path.trim_start_matches('/').to_owned(), from.to_owned()));
+        self
+    }
+
+    /// Passes on what the script prints while it runs.
+    pub fn echo(mut self) -> Self {
+        self.echo = true;
+        self
+    }
+
+    /// Boots the outer guest and runs a shell script in it, as root, in `/root`. What the script
+    /// leaves in `/out` comes back; `/dev/vdb` is an empty disk for swap or a file system.
+    /// Past the deadline, or when the outer guest dies, it is an error that ends with its output.
+    pub fn run(&self, script: &str, deadline: Duration) -> Result<Output> {
+        let start = Instant::now();
+        let dir = Dir(fresh_dir("outer")?);
+        let at = |name: &str| dir.0.join(name);
+        self.image(script, &at("initrd"))?;
+        for disk in ["out.tar", "empty"] {
+            File::create(at(disk))?.set_len(DISK)?;
+        }
+        let mut command = self.kit.qemu(self.version);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        command.args(["-accel", "tcg", "-cpu", "max", "-name", "lab-outer"]);
+        command.arg("-m").arg(format!("{}M", self.memory_mib));
+        command.arg("-smp").arg(self.cpus.to_string());
+        command.arg("-kernel").arg(self.kit.kernel()).arg("-initrd").arg(at("initrd"));
+        command.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        for port in ["console", "output"] {
+            command.arg("-serial").arg(format!("file:{}", at(port).display()));
+        }
+        for disk in ["out.tar", "empty"] {
+            let file = at(disk);
+            let drive = format!("file={},format=raw,if=virtio,cache=unsafe", file.display());
+            command.arg("-drive").arg(drive);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(at("qemu.log"))?);
+        let mut child = command.spawn().doing("starting the outer guest")?;
+        let ended = self.watch(&mut child, &at("output"), deadline);
+        let text = read(&at("output"));
+        let complain = |what: String| {
+            let tail = |text: &str| text[text.len().saturating_sub(2000)..].trim().to_owned();
+            let (console, log) = (tail(&read(&at("console"))), read(&at("qemu.log")));
+            failed(format_args!("outer guest: {what}; it said: {} {console} {log}", tail(&text)))
+        };
+        ended.map_err(|e| complain(e.to_string()))?;
+        let ending = text.rsplit_once("\n>>>outer ");
+        let ending = ending.and_then(|(text, n)| Some((text, n.trim().parse().ok()?)));
+        let (text, status) = ending.ok_or_else(|| complain("died".to_owned()))?;
+        let out = at("out");
+        fs::create_dir(&out)?;
+        let tar = Command::new("tar").arg("-xf").arg(at("out.tar")).arg("-C").arg(&out).status()?;
+        if !tar.success() {
+            return Err(failed("cannot unpack what the outer guest left in /out"));
+        }
+        fs::remove_file(at("out.tar"))?;
+        Ok(Output { text: text.to_owned(), status, out, took: start.elapsed(), _dir: dir })
+    }
+
+    /// The cached image followed by an archive of the job: the kernel unpacks both.
+    fn image(&self, script: &str, to: &Path) -> Result<()> {
+        let mut out = create(to)?;
+        let mut base = File::open(self.kit.outer_initramfs()).doing("opening the outer image")?;
+        io::copy(&mut base, &mut out)?;
+        let mut job = Cpio::new(out);
+        job.file("job/run", 0o755, script.as_bytes())?;
+        for (path, from) in &self.files {
+            job.copy(path, from)?;
+        }
+        job.finish()?;
+        Ok(())
+    }
+
+    /// Waits for the end and passes on new output meanwhile.
+    fn watch(
+        &self,
+        child: &mut std::process::Child,
+        output: &Path,
+        deadline: Duration,
+    ) -> Result<()> {
+        let until = Instant::now() + deadline;
+        let mut shown = 0;
+        let mut show = || {
+            let text = read(output);
+            // Whole lines only, and not the line that ends the job.
+            let end = text.rfind('\n').map_or(0, |at| at + 1);
+            if let Some(new) = text.get(shown..end).filter(|new| !new.is_empty() && self.echo) {
+                let lines = new.lines().filter(|l| !l.is_empty() && !l.starts_with(">>>outer "));
+                for line in lines {
+                    println!("{line}");
+                }
+                let _ = io::stdout().flush();
+                shown = end;
+            }
+        };
+        while Instant::now() < until {
+            if child.try_wait()?.is_some() {
+                show();
+                return Ok(());
+            }
+            show();
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        wait(child, Duration::ZERO)
+            .doing(format_args!("past its {} s", deadline.as_secs()))
+            .map(drop)
+    }
+}
+
+fn read(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// A directory that goes with its owner.
+#[derive(Debug)]
+struct Dir(PathBuf);
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Inside the outer guest: reserves this many hugepages of 2 MiB.
+pub fn reserve_hugepages(count: u64) -> Result<()> {
+    let file = "/proc/sys/vm/nr_hugepages";
+    fs::write(file, count.to_string()).doing(format_args!("writing {file}"))?;
+    let got = fs::read_to_string(file)?;
+    if got.trim() == count.to_string() {
+        return Ok(());
+    }
+    Err(failed(format_args!("{count} hugepages asked for, got {}", got.trim())))
+}
+
+/// File system on the empty disk, and the swap file on it.
+const SWAP_MOUNT: &str = "/mnt";
+
+/// Inside the outer guest: swap on a file of this many MiB.
+pub fn swap_on(mib: u64) -> Result<()> {
+    let script = format!(
+        "set -e; mke2fs -q /dev/vdb; mount /dev/vdb {SWAP_MOUNT}; chmod 700 {SWAP_MOUNT}
+        dd if=/dev/zero of={SWAP_MOUNT}/swap bs=1M count={mib} 2> /dev/null
+        chmod 600 {SWAP_MOUNT}/swap; mkswap {SWAP_MOUNT}/swap > /dev/null; swapon {SWAP_MOUNT}/swap"
+    );
+    shell(&script)
+}
+
+/// Inside the outer guest: takes the swap away again.
+pub fn swap_off() -> Result<()> {
+    shell(&format!("set -e; swapoff {SWAP_MOUNT}/swap; umount {SWAP_MOUNT}"))
+}
+
+fn shell(script: &str) -> Result<()> {
+    let out = Command::new("/bin/sh").arg("-c").arg(script).output().doing("starting sh")?;
+    if out.status.success() {
+        return Ok(());
+    }
+    Err(failed(format_args!("`{script}`: {}", String::from_utf8_lossy(&out.stderr))))
+}

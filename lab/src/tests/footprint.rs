@@ -1,0 +1,229 @@
+//! What an acquisition costs the host in memory, and each time a reader that costs more: a test
+//! that could not fail would say nothing.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use lab::{Backing, Doing, Guest, Lab, Result, failed, here, outer, proc, skipped};
+
+use super::exhibit::{STORES, take};
+
+pub(crate) const TESTS: &[lab::runner::Test] = here![
+    an_untouched_memfd_guest_stays_untouched,
+    an_untouched_anonymous_guest_stays_untouched,
+    merged_pages_stay_merged,
+];
+
+pub(crate) const OUTER: &[lab::runner::Test] = outer![merged_pages_stay_merged_on_a_kvm_host];
+
+/// Host memory behind a guest, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Held {
+    rss: u64,
+    page_tables: u64,
+    memfd: u64,
+}
+
+impl Held {
+    fn of(guest: &Guest) -> Result<Self> {
+        Ok(Self {
+            rss: guest.rss()?,
+            page_tables: proc::status(guest.pid(), "VmPTE")? * 1024,
+            memfd: memfd_blocks(guest.pid())?,
+        })
+    }
+}
+
+/// Bytes allocated for the process's memfds.
+fn memfd_blocks(pid: u32) -> Result<u64> {
+    let mut bytes = 0;
+    for fd in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        let link = fs::read_link(fd.path()).unwrap_or_default();
+        if link.to_string_lossy().starts_with("/memfd:") {
+            bytes += fs::metadata(fd.path())?.blocks() * 512;
+        }
+    }
+    Ok(bytes)
+}
+
+/// The rise from `before` to `after` in percent of `before`.
+fn rise(before: u64, after: u64) -> u64 {
+    (after.saturating_sub(before) * 100).div_ceil(before.max(1))
+}
+
+/// Reads all RAM through the process's mapping, as a careless tool would.
+fn read_carelessly(guest: &mut Guest) -> Result<()> {
+    for range in guest.ram()? {
+        guest.read_own(range.gpa, range.len)?;
+    }
+    Ok(())
+}
+
+/// Waits until a blank guest's firmware has done its work: for a second it touches no more memory
+/// and leaves the map as it is.
+pub(super) fn settle(guest: &mut Guest) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < until {
+        let before = (guest.rss()?, guest.flat_view()?);
+        std::thread::sleep(Duration::from_secs(1));
+        if (guest.rss()?, guest.flat_view()?) == before {
+            return Ok(());
+        }
+    }
+    Err(failed("the firmware does not come to rest"))
+}
+
+fn an_untouched_memfd_guest_stays_untouched(lab: &Lab) -> Result<()> {
+    let mut guest = lab.guest().blank().memory_mib(512).backing(Backing::Memfd).boot()?;
+    settle(&mut guest)?;
+    let before = Held::of(&guest)?;
+    for store in STORES {
+        take(lab, &guest, &["--store", store])?;
+        let after = Held::of(&guest)?;
+        assert!(rise(before.rss, after.rss) <= 1, "{store}: {before:?} {after:?}");
+        assert!(rise(before.memfd, after.memfd) <= 1, "{store}: {before:?} {after:?}");
+    }
+    read_carelessly(&mut guest)?;
+    let control = Held::of(&guest)?;
+    assert!(control.rss > before.rss + (400 << 20) && control.memfd > 500 << 20, "{control:?}");
+    guest.finish()
+}
+
+fn an_untouched_anonymous_guest_stays_untouched(lab: &Lab) -> Result<()> {
+    let mut guest = lab.guest().blank().memory_mib(512).boot()?;
+    settle(&mut guest)?;
+    let before = Held::of(&guest)?;
+    for store in STORES {
+        take(lab, &guest, &["--store", store])?;
+        let after = Held::of(&guest)?;
+        assert!(rise(before.rss, after.rss) <= 1, "{store}: {before:?} {after:?}");
+        assert!(after.page_tables <= before.page_tables + (64 << 10), "{before:?} {after:?}");
+    }
+    read_carelessly(&mut guest)?;
+    let control = Held::of(&guest)?;
+    assert!(control.page_tables > before.page_tables + (512 << 10), "{before:?} {control:?}");
+    guest.finish()
+}
+
+/// The host's KSM, turned on for a test and given back as it was: off, and with nothing merged.
+#[derive(Debug)]
+struct Ksm {
+    found: Vec<(&'static str, String)>,
+}
+
+const KSM: &str = "/sys/kernel/mm/ksm";
+
+impl Ksm {
+    /// Starts merging at full speed. A machine whose KSM is in use is left alone.
+    fn start() -> Result<Self> {
+        if !fs::exists(KSM)? {
+            return Err(skipped("this kernel has no KSM"));
+        }
+        if Self::figure("run")? != 0 || Self::figure("pages_shared")? != 0 {
+            return Err(skipped("this machine uses KSM: it is left alone"));
+        }
+        let read = |name| Ok((name, fs::read_to_string(format!("{KSM}/{name}"))?));
+        let ksm = Self {
+            found: ["pages_to_scan", "sleep_millisecs"]
+                .map(read)
+                .into_iter()
+                .collect::<Result<_>>()?,
+        };
+        for (name, value) in [("pages_to_scan", "20000"), ("sleep_millisecs", "10"), ("run", "1")] {
+            Self::set(name, value).map_err(|e| skipped(format_args!("KSM cannot be set: {e}")))?;
+        }
+        Ok(ksm)
+    }
+
+    fn figure(name: &str) -> Result<u64> {
+        let text = fs::read_to_string(format!("{KSM}/{name}")).doing(name)?;
+        Ok(text.trim().parse()?)
+    }
+
+    fn set(name: &str, value: &str) -> Result<()> {
+        fs::write(format!("{KSM}/{name}"), value).doing(format_args!("setting {KSM}/{name}"))
+    }
+
+    /// Merged pages of the process, once there are `wanted` and no more are found.
+    fn wait(guest: &Guest, wanted: u64) -> Result<u64> {
+        let until = Instant::now() + Duration::from_secs(180);
+        let (mut merged, mut since) = (0, Self::figure("full_scans")?);
+        while Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(200));
+            let (now, scans) = (merging(guest)?, Self::figure("full_scans")?);
+            if now != merged {
+                (merged, since) = (now, scans);
+            } else if merged >= wanted && scans >= since + 2 {
+                return Ok(merged);
+            }
+        }
+        Err(failed(format_args!("KSM merged {merged} pages of {wanted}")))
+    }
+}
+
+impl Drop for Ksm {
+    fn drop(&mut self) {
+        // 2 takes the merging back, 0 is what was found.
+        for value in ["2", "0"] {
+            let _ = Self::set("run", value);
+        }
+        for (name, value) in &self.found {
+            let _ = Self::set(name, value);
+        }
+    }
+}
+
+/// Pages of the guest's process that KSM has merged.
+fn merging(guest: &Guest) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{}/ksm_merging_pages", guest.pid()))?;
+    Ok(text.trim().parse()?)
+}
+
+/// A stopped guest that holds the same 64 MiB three times, all of it merged.
+fn merged_guest(lab: &Lab) -> Result<(Guest, u64)> {
+    let mut guest = lab.guest().memory_mib(384).boot()?;
+    for _ in 0..3 {
+        guest.plant_noise(64, 7)?;
+    }
+    guest.stop()?;
+    let merged = Ksm::wait(&guest, 3 * (64 << 8) * 99 / 100)?;
+    Ok((guest, merged))
+}
+
+fn merged_pages_stay_merged(lab: &Lab) -> Result<()> {
+    let ksm = Ksm::start()?;
+    let (mut guest, merged) = merged_guest(lab)?;
+    // With ksmd at work, then with ksmd asleep, so that it cannot merge again what was torn.
+    for (run, store) in ["1", "0"].into_iter().zip(STORES) {
+        Ksm::set("run", run)?;
+        let sharing = Ksm::figure("pages_sharing")?;
+        take(lab, &guest, &["--store", store])?.remove()?;
+        let after = (merging(&guest)?, Ksm::figure("pages_sharing")?);
+        assert!(after.0 >= merged * 99 / 100, "run {run}: {after:?} of {merged} pages merged");
+        assert!(after.1 >= sharing * 99 / 100, "run {run}: {after:?}, sharing was {sharing}");
+    }
+    // The control: a merged page that is written to is merged no more.
+    guest.cont()?;
+    guest.sh("killall plant")?;
+    guest.plant_noise(64, 8)?;
+    assert!(merging(&guest)? < merged * 99 / 100, "the count does not follow");
+    drop(ksm);
+    guest.finish()
+}
+
+fn merged_pages_stay_merged_on_a_kvm_host(lab: &Lab) -> Result<()> {
+    let ksm = Ksm::start()?;
+    let (guest, merged) = merged_guest(lab)?;
+    Ksm::set("run", "0")?;
+    let before = proc::meminfo_kib("MemAvailable")?;
+    for store in STORES {
+        take(lab, &guest, &["--store", store])?.remove()?;
+        let fallen = before.saturating_sub(proc::meminfo_kib("MemAvailable")?);
+        assert!(merging(&guest)? >= merged * 99 / 100, "{store}: {} of {merged}", merging(&guest)?);
+        // Un-merged, two of the three copies would take 128 MiB more.
+        assert!(fallen < 13 << 10, "{store}: the host has {fallen} KiB less");
+    }
+    drop(ksm);
+    guest.finish()
+}

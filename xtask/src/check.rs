@@ -1,0 +1,128 @@
+//! `cargo xtask test` and `cargo xtask lab`: everything that must hold, in order of cost.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use lab::runner::Tally;
+use lab::{Failure, failed};
+
+use crate::steps::{cargo, ok, root, setup, watch};
+use crate::{Outcome, build};
+
+/// Checks bans, licences and sources (deny.toml). Not a dependency: a program of its own.
+const DENY: &str = "0.20.2";
+
+/// Runs everything; the closing line counts checks, unit tests and lab tests together.
+/// `false` when anything failed.
+pub(crate) fn all() -> Outcome<bool> {
+    let mut tally = Tally::default();
+    let kit = setup()?;
+    check(&mut tally, "cargo fmt", || ok(cargo()?.args(["fmt", "--all", "--check"])));
+    check(&mut tally, "cargo clippy", || {
+        let lints = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+        ok(cargo()?.args(lints))
+    });
+    check(&mut tally, "cargo deny", || {
+        let mut deny = Command::new(deny(&kit)?);
+        deny.current_dir(root()?).args(["--locked", "check", "bans", "licenses", "sources"]);
+        ok(&mut deny)
+    });
+    tally.add(unit_tests()?);
+    tally.add(lab(false, &[])?);
+    println!("{tally}");
+    Ok(tally.failed == 0)
+}
+
+/// Runs the lab alone.
+pub(crate) fn lab_only(full: bool, names: &[String]) -> Outcome<bool> {
+    setup()?;
+    let tally = lab(full, names)?;
+    println!("{tally}");
+    Ok(tally.failed == 0)
+}
+
+fn check(tally: &mut Tally, name: &str, run: impl FnOnce() -> Outcome<()>) {
+    let start = Instant::now();
+    let outcome: Result<(), Failure> = run().map_err(failed);
+    tally.record(name, &outcome, start.elapsed());
+}
+
+/// `cargo test` of all crates, its `test result:` lines added up.
+fn unit_tests() -> Outcome<Tally> {
+    let start = Instant::now();
+    let mut tally = Tally::default();
+    let mut test = cargo()?;
+    test.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
+    let good = watch(&mut test, |line| {
+        if let Some(counts) = line.strip_prefix("test result: ") {
+            tally.add(results(counts));
+        }
+        true
+    })?;
+    // A crate whose tests do not compile has no `test result:` line.
+    if !good && tally.failed == 0 {
+        tally.failed = 1;
+    }
+    println!("cargo test took {:.1} s", start.elapsed().as_secs_f64());
+    Ok(tally)
+}
+
+/// `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s`
+fn results(counts: &str) -> Tally {
+    let count = |what: &str| {
+        let before = counts.split(['.', ';']).find_map(|part| part.trim().strip_suffix(what));
+        before.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
+    };
+    Tally { passed: count("passed"), failed: count("failed"), skipped: count("ignored") }
+}
+
+/// Builds the tool and the lab as they are released, and runs the lab's tests.
+fn lab(full: bool, names: &[String]) -> Outcome<Tally> {
+    let start = Instant::now();
+    let binaries = build::release(&["stillframe", "stillframe-lab"])?;
+    println!("the static binaries took {:.1} s", start.elapsed().as_secs_f64());
+    let mut command = Command::new(binaries.join("stillframe-lab"));
+    command.env("STILLFRAME_TOOL", binaries.join("stillframe"));
+    command.args(full.then_some("--full")).args(names);
+    let mut closing = None;
+    // Its closing line is not passed on: it is not this program's.
+    let good = watch(&mut command, |line| {
+        closing = Tally::parse(line);
+        closing.is_none()
+    })?;
+    match closing {
+        Some(tally) if good == (tally.failed == 0) => Ok(tally),
+        _ => Err("the lab did not end with its closing line".into()),
+    }
+}
+
+/// The program `cargo-deny`: a machine's own, else one built into the lab's cache, once.
+fn deny(kit: &lab::Kit) -> Outcome<PathBuf> {
+    let own = kit.root().join(format!("cargo-deny-{DENY}"));
+    let binary = own.join("bin/cargo-deny");
+    if !binary.exists() {
+        // Unoptimised and without what only advisories need: a minute instead of many.
+        let mut install = cargo()?;
+        install.args(["install", "cargo-deny", "--version", DENY, "--locked", "--debug"]);
+        install.args(["--no-default-features", "--root"]).arg(&own);
+        install.env("CARGO_PROFILE_DEV_DEBUG", "0").env("CARGO_TARGET_DIR", own.join("target"));
+        install.env_remove("RUSTFLAGS");
+        ok(&mut install)?;
+        std::fs::remove_dir_all(own.join("target"))?;
+    }
+    Ok(binary)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargos_counts_are_read() {
+        let line =
+            "FAILED. 3 passed; 1 failed; 2 ignored; 0 measured; 9 filtered out; finished in 1.5s";
+        assert_eq!(results(line), Tally { passed: 3, failed: 1, skipped: 2 });
+        assert_eq!(results("ok. 12 passed; 0 failed; 0 ignored").passed, 12);
+    }
+}
