@@ -8,10 +8,13 @@ use lab::runner::Tally;
 use lab::{Failure, failed};
 
 use crate::steps::{cargo, ok, root, setup, watch};
-use crate::{Outcome, build};
+use crate::{Outcome, build, fuzz};
 
 /// Checks bans, licences and sources (deny.toml). Not a dependency: a program of its own.
 const DENY: &str = "0.20.2";
+
+/// The bounded run of every fuzz target.
+const FUZZ: fuzz::Args = fuzz::Args { seconds: 8, target: None };
 
 /// Runs everything; the closing line counts checks, unit tests and lab tests together.
 /// `false` when anything failed.
@@ -29,6 +32,10 @@ pub(crate) fn all() -> Outcome<bool> {
         ok(&mut deny)
     });
     tally.add(unit_tests()?);
+    check(&mut tally, "cargo xtask fuzz", || match fuzz::run(&FUZZ)? {
+        true => Ok(()),
+        false => Err("a fuzz target crashed".into()),
+    });
     tally.add(lab(false, &[])?);
     println!("{tally}");
     Ok(tally.failed == 0)

@@ -1,11 +1,13 @@
-//! Chores: `cargo xtask setup | demo | test | lab | package`.
+//! Chores: `cargo xtask setup | demo | test | lab | fuzz | bench | package`.
 //!
 //! A step prints what it does and how long it took. Nothing here is needed to use stillframe.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod check;
 mod demo;
+mod fuzz;
 mod package;
 mod steps;
 
@@ -39,6 +41,14 @@ enum Chore {
         /// Parts of test names, such as a suite; none means all
         names: Vec<String>,
     },
+    /// Every parser of hostile bytes under a fuzzer, for a bounded time
+    Fuzz(fuzz::Args),
+    /// Figures of `live` against QEMU's own methods, kept in bench/runs
+    Bench {
+        /// Runs that the medians are of
+        #[arg(long, default_value_t = 5)]
+        runs: u32,
+    },
     /// Build the static binary, the tarball and the Debian package
     Package,
 }
@@ -49,6 +59,8 @@ fn main() -> ExitCode {
         Chore::Demo => demo::run().map(|()| true),
         Chore::Test => check::all(),
         Chore::Lab { full, names } => check::lab_only(full, &names),
+        Chore::Fuzz(args) => fuzz::run(&args),
+        Chore::Bench { runs } => bench::run(runs).map(|()| true),
         Chore::Package => package::run().map(|()| true),
     };
     match done {

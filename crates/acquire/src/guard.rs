@@ -59,6 +59,7 @@ pub fn guard(
     let layout = looked.layout(plan.format, &[note(&record_id)]).map_err(|error| {
         Failure::Refused(crate::plan::Refusal {
             reason: error.to_string(),
+            rejected: Vec::new(),
             remedies: vec!["--format lime".to_owned()],
         })
     })?;

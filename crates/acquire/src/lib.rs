@@ -25,7 +25,7 @@ use crate::event::{Event, Observer, Phase};
 use crate::guard::Guarded;
 use crate::log::Log;
 use crate::look::Looked;
-use crate::method::process::{self, Pass, PassError, Work};
+use crate::method::process::{self, Pass, Work};
 use crate::plan::{Plan, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
 use crate::stop::Stop;
@@ -198,6 +198,8 @@ struct Run {
     map_after: Option<(FileRecord, Vec<u8>)>,
     map_difference: Option<String>,
     run_state_after: Option<String>,
+    /// Names of the events that QEMU told of meanwhile.
+    events: Vec<String>,
 }
 
 impl Run {
@@ -213,6 +215,7 @@ impl Run {
             map_after: None,
             map_difference: None,
             run_state_after: None,
+            events: Vec::new(),
         }
     }
 
@@ -274,6 +277,10 @@ impl Run {
                 self.map_after = Some((record::file_record(exhibit::MAP_AFTER, &text), text));
                 self.map_difference = looked.located.difference(&again.located);
                 self.run_state_after = Some(again.run_state);
+                for (name, data) in &again.events {
+                    log.add("event", json!({ "name": name, "data": data }));
+                }
+                self.events = again.events.into_iter().map(|(name, _)| name).collect();
             }
             Err(error) => {
                 let reason = format!("the map could not be taken again: {}", told(&error));
@@ -441,6 +448,7 @@ impl Run {
             },
             map_difference: self.map_difference,
             run_state_after: self.run_state_after,
+            events: self.events,
             workers: cpus(),
             store_bytes: guarded.store_bytes(),
             warnings: looked.warnings.clone(),
@@ -472,11 +480,4 @@ fn told(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
-}
-
-/// A pass that failed, in words for the record.
-impl From<&PassError> for Ending {
-    fn from(error: &PassError) -> Self {
-        Ending::Failed(told(error))
-    }
 }

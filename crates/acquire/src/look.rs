@@ -40,6 +40,8 @@ pub struct Again {
     pub located: Located,
     /// QEMU's run state now.
     pub run_state: String,
+    /// What QEMU told unasked since the first look: name and data of each event.
+    pub events: Vec<(String, serde_json::Value)>,
 }
 
 /// What `plan` shows.
@@ -92,13 +94,17 @@ pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
     let mut warnings: Vec<String> =
         skipped.into_iter().map(|text| format!("monitor skipped: {text}")).collect();
     let (vm, confidential, migration) = ask(&mut qmp, &target)?;
-    if let Some(what) = confidential {
+    if let Some(what) = confidential.or_else(|| target.cmdline.confidential.clone()) {
         let facts = Facts { confidential: Some(what), ..Facts::default() };
         return Err(Failure::Refused(refusal_of(&facts, request)));
     }
     let (located, memory) = map::locate(&mut qmp, &target.process)?;
     let blocks = evidence::block::cut(&located.map).map_err(|error| {
-        Failure::Refused(Refusal { reason: error.to_string(), remedies: Vec::new() })
+        Failure::Refused(Refusal {
+            reason: error.to_string(),
+            rejected: Vec::new(),
+            remedies: Vec::new(),
+        })
     })?;
     let resident = memory.resident(&blocks)?;
     let facts = facts(request, &target, &vm, migration, &located, &memory)?;
@@ -116,6 +122,7 @@ pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
 fn refusal_of(facts: &Facts, request: &Request) -> Refusal {
     plan::choose(facts, &request.wish).err().unwrap_or(Refusal {
         reason: "the guest's memory is hidden from the host".to_owned(),
+        rejected: Vec::new(),
         remedies: Vec::new(),
     })
 }
@@ -165,7 +172,11 @@ fn facts(
     let usage = memory.usage()?;
     let limit = RamStore::limit(request.max_ram).map_err(|error| match error {
         host::StoreError::Host(error) => Failure::Host(error),
-        other => Failure::Refused(Refusal { reason: other.to_string(), remedies: Vec::new() }),
+        other => Failure::Refused(Refusal {
+            reason: other.to_string(),
+            rejected: Vec::new(),
+            remedies: Vec::new(),
+        }),
     })?;
     let output = match &request.output {
         Some(path) => Some(output_facts(path, target)?),
@@ -253,7 +264,9 @@ impl Looked {
         self.memory.begin_pass()?;
         let (located, _) = map::locate(&mut self.qmp, process)?;
         let run_state = qemu::facts::Facts::of(&mut self.qmp, monitor::QUERY).status()?.status;
-        Ok(Again { located, run_state })
+        let events =
+            self.qmp.take_events().into_iter().map(|event| (event.name, event.data)).collect();
+        Ok(Again { located, run_state, events })
     }
 
     /// How each imaged region is read.

@@ -142,6 +142,9 @@ pub struct Plan {
 pub struct Refusal {
     /// The reason.
     pub reason: String,
+    /// The methods that were looked at, when it was for want of one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rejected: Vec<Rejected>,
     /// Flags that would be accepted instead, or what to do first.
     pub remedies: Vec<String>,
 }
@@ -150,6 +153,7 @@ impl Refusal {
     fn new(reason: impl Into<String>, remedies: &[&str]) -> Self {
         Self {
             reason: reason.into(),
+            rejected: Vec::new(),
             remedies: remedies.iter().map(|&text| text.to_owned()).collect(),
         }
     }
@@ -268,12 +272,11 @@ fn method(wish: &Wish) -> Result<(Method, String, Vec<Rejected>), Refusal> {
                     "its image is smeared over the time of reading, and one instant is asked for"
                         .to_owned(),
             });
-            let reasons: Vec<String> =
-                rejected.iter().map(|r| format!("{}: {}", r.method.word(), r.reason)).collect();
-            Err(Refusal::new(
-                format!("no method gives an image of one instant here ({})", reasons.join("; ")),
+            let refusal = Refusal::new(
+                "no method gives an image of one instant here",
                 &["--consistency any", "--method live"],
-            ))
+            );
+            Err(Refusal { rejected, ..refusal })
         }
     }
 }

@@ -101,6 +101,8 @@ pub struct Story<'a> {
     pub map_difference: Option<String>,
     /// QEMU's run state after the last read.
     pub run_state_after: Option<String>,
+    /// Names of the events that QEMU told of during the acquisition.
+    pub events: Vec<String>,
     /// Worker threads.
     pub workers: usize,
     /// Bytes that the store took.
@@ -342,6 +344,12 @@ impl Story<'_> {
         ];
         if let Some(difference) = &self.map_difference {
             caveats.push(format!("the memory map changed during the acquisition: {difference}"));
+        }
+        if !self.events.is_empty() {
+            caveats.push(format!(
+                "QEMU told of these events during the acquisition: {}",
+                self.events.join(", ")
+            ));
         }
         caveats
     }

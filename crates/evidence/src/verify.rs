@@ -81,6 +81,9 @@ pub struct Verdict {
     pub status: Option<Status>,
     /// What is lost, by the block records.
     pub lost: LostBytes,
+    /// The record says that the memory map afterwards was not the one before: the image is of a
+    /// machine that changed, and counts as one with losses.
+    pub map_changed: bool,
     /// Blocks whose bytes were compared with their digest.
     pub blocks_checked: u64,
 }
@@ -165,6 +168,7 @@ pub fn verify(dir: &dyn ExhibitDir, options: &Options<'_>) -> Result<Verdict, Ve
         manifest_sha256: digest,
         status: manifest.as_ref().map(|m| m.status),
         lost: LostBytes::default(),
+        map_changed: manifest.as_ref().is_some_and(|m| m.map_check.equal == Some(false)),
         blocks_checked: 0,
     };
     let mut witnesses = Witnesses::new(sums, digest, manifest_ok);
@@ -175,7 +179,9 @@ pub fn verify(dir: &dyn ExhibitDir, options: &Options<'_>) -> Result<Verdict, Ve
     witnesses.settle(&mut run.findings);
     run.work.finish();
     let (findings, more) = run.findings.finish();
-    let lossy = verdict.status != Some(Status::Complete) || verdict.lost != LostBytes::default();
+    let lossy = verdict.status != Some(Status::Complete)
+        || verdict.lost != LostBytes::default()
+        || verdict.map_changed;
     verdict.outcome = match (findings.is_empty(), lossy) {
         (false, _) => Outcome::Altered,
         (true, true) => Outcome::Losses,

@@ -1,15 +1,28 @@
 //! The lab's tests. A suite is a module with a list `TESTS`; a test is a function of five lines.
 
+mod cli;
 mod exhibit;
+mod faults;
 mod footprint;
 mod harness;
 mod live;
 mod outer;
+mod run;
 
 use lab::runner::Test;
 
 /// Every test of every suite, in the order in which they run.
 pub(crate) fn all() -> Vec<Test> {
-    [harness::TESTS, live::TESTS, footprint::TESTS, outer::TESTS, live::OUTER, footprint::OUTER]
-        .concat()
+    [
+        harness::TESTS,
+        live::TESTS,
+        footprint::TESTS,
+        cli::TESTS,
+        faults::TESTS,
+        outer::TESTS,
+        live::OUTER,
+        footprint::OUTER,
+        faults::OUTER,
+    ]
+    .concat()
 }

@@ -76,9 +76,10 @@ impl Work<'_> {
     fn pass(
         &self,
         n: u32,
+        passes: &mut Vec<Pass>,
         cells: &mut [Cell],
         block: impl Fn(&mut Cell, &mut Scratch) -> Result<(), PassError> + Sync,
-    ) -> Result<Pass, Cut<PassError>> {
+    ) -> Result<(), Cut<PassError>> {
         self.source.begin_pass().map_err(|error| Cut::Failed(PassError::Mappings(error)))?;
         let setting = Setting {
             workers: self.workers,
@@ -89,17 +90,22 @@ impl Work<'_> {
             pass: Some(n),
         };
         let t0_ns = self.now();
-        copy::each(cells, &setting, block)?;
+        let result = copy::each(cells, &setting, block);
         let span = Span { t0_ns, t1_ns: self.now() };
         let changed_pages = (n > 1).then(|| cells.iter().map(changed_pages).sum());
-        let bytes = cells.iter().map(|cell| cell.block.len()).sum();
+        let bytes = cells.iter().filter(|cell| cell.pass == n).map(|cell| cell.block.len()).sum();
+        // A pass that was cut short is one too: block records name it.
+        if bytes > 0 {
+            passes.push(Pass { n, span, bytes, changed_pages });
+        }
+        result?;
         self.observer.event(Event::Pass {
             pass: n,
             bytes,
             took_ns: span.t1_ns - span.t0_ns,
             changed_pages,
         });
-        Ok(Pass { n, span, bytes, changed_pages })
+        Ok(())
     }
 
     fn read(
@@ -122,16 +128,15 @@ pub fn changed_pages(cell: &Cell) -> u64 {
 /// `live`: two whole passes, nothing held.
 ///
 /// # Errors
-/// [`Cut`]. Passes made so far are in `passes`, and the cells say which pass each block's bytes
-/// come from.
+/// [`Cut`]. Passes made so far, also one that was cut short, are in `passes`, and the cells say
+/// which pass each block's bytes come from.
 pub fn live(
     work: &Work<'_>,
     cells: &mut [Cell],
     passes: &mut Vec<Pass>,
 ) -> Result<(), Cut<PassError>> {
-    passes.push(work.pass(1, cells, |cell, scratch| first(work, cell, scratch))?);
-    passes.push(work.pass(2, cells, |cell, scratch| again(work, 2, cell, scratch))?);
-    Ok(())
+    work.pass(1, passes, cells, |cell, scratch| first(work, cell, scratch))?;
+    work.pass(2, passes, cells, |cell, scratch| again(work, 2, cell, scratch))
 }
 
 /// Reads a block for the first time. The store holds zeros until then, so only data is put.

@@ -28,6 +28,9 @@ pub(crate) fn wish(how: &How) -> Wish {
 /// Says why nothing was done and what would be.
 pub(crate) fn refused(refusal: &Refusal) -> Exit {
     output::say(&format!("refused: {}", refusal.reason));
+    for rejected in &refusal.rejected {
+        output::say(&format!("not {}: {}", rejected.method.word(), rejected.reason));
+    }
     for remedy in &refusal.remedies {
         output::hint(remedy);
     }

@@ -91,6 +91,11 @@ fn print(verdict: &Verdict) {
             lines.push(format!("lost      {} {what}", size(bytes)));
         }
     }
+    if verdict.map_changed {
+        lines.push(
+            "map       changed during the acquisition, see the manifest's caveats".to_owned(),
+        );
+    }
     lines.extend(verdict.findings.iter().map(|f| format!("finding   {}", safe(&f.to_string()))));
     if verdict.more_findings > 0 {
         lines.push(format!("finding   and {} more", verdict.more_findings));

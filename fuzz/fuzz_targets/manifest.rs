@@ -1,0 +1,4 @@
+//! `manifest.json`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::record::manifest(data));

@@ -1,0 +1,4 @@
+//! ELF notes.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::image::notes(data));

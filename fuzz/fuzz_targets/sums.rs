@@ -1,0 +1,4 @@
+//! `SHA256SUMS`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::record::sums(data));

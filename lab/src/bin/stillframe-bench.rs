@@ -1,0 +1,172 @@
+//! The bench of `live`: its window against QEMU's own `pmemsave` and `dump-guest-memory` on the same
+//! idle guest in the same run, and the tool's memory beside its store.
+//!
+//! `stillframe-bench OUT.json [RUNS]`; `STILLFRAME_TOOL` names the tool. Times are of whole
+//! processes or commands; only ratios within one run mean anything.
+#![forbid(unsafe_code)]
+
+use lab::{Lab, Result, Version, failed};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// The guest's memory and the part of it that is incompressible.
+const GUEST_MIB: u64 = 4096;
+const NOISE_MIB: u64 = 3072;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("stillframe-bench: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let out = PathBuf::from(args.next().ok_or_else(|| failed("say where the figures go"))?);
+    let runs: u32 = args.next().and_then(|n| n.parse().ok()).unwrap_or(5);
+    let lab = Lab::open()?;
+    let mut guest =
+        lab.guest().version(Version::V10_0).memory_mib(GUEST_MIB).name("bench").boot()?;
+    guest.plant_noise(NOISE_MIB, 7)?;
+    let mut rows = Vec::new();
+    for run in 0..runs {
+        let row = json!({
+            "run": run,
+            "live": live(&lab, guest.pid(), "ram")?,
+            "live_to_disk_store": live(&lab, guest.pid(), "disk")?,
+            "pmemsave_s": pmemsave(&mut guest)?,
+            "dump_guest_memory_s": dump(&mut guest)?,
+        });
+        eprintln!("run {run}: {row}");
+        rows.push(row);
+    }
+    let qemu = lab.kit.qemu_version(Version::V10_0)?;
+    guest.finish()?;
+    let result = json!({
+        "guest_mib": GUEST_MIB, "noise_mib": NOISE_MIB, "qemu": qemu, "runs": rows,
+        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+        "cpu": cpu_model()?, "cpus": std::thread::available_parallelism()?.get(),
+        "medians": medians(&rows),
+    });
+    std::fs::write(
+        &out,
+        format!("{}\n", serde_json::to_string_pretty(&result).unwrap_or_default()),
+    )?;
+    print_table(&result["medians"]);
+    Ok(())
+}
+
+/// One acquisition on tmpfs: window, whole run, memory beside the store.
+fn live(lab: &Lab, pid: u32, store: &str) -> Result<Value> {
+    let dir = PathBuf::from("/dev/shm").join(format!("stillframe-bench-{pid}"));
+    std::fs::create_dir_all(&dir)?;
+    let taken = lab
+        .tool([
+            "acquire",
+            &pid.to_string(),
+            "--method",
+            "live",
+            "--store",
+            store,
+            "-o",
+            &dir.display().to_string(),
+            "--force-output",
+        ])
+        .and_then(|done| done.expect_code(0));
+    let read = taken.and_then(|done| {
+        let exhibit = PathBuf::from(done.stdout.trim());
+        let text = std::fs::read_to_string(exhibit.join("manifest.json"))?;
+        let manifest: Value =
+            serde_json::from_str(&text).map_err(|e| failed(format_args!("manifest: {e}")))?;
+        let number = |path: &str| manifest.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+        Ok(json!({
+            "window_s": seconds(number("/window/t1_ns") - number("/window/t0_ns")),
+            "whole_s": done.took.as_secs_f64(),
+            "beside_store_bytes": number("/footprint/tool_peak_rss"),
+            "data_bytes": number("/states/data"),
+            "passes": manifest["passes"],
+        }))
+    });
+    std::fs::remove_dir_all(&dir)?;
+    read
+}
+
+/// QMP `pmemsave` of every RAM region to tmpfs, one command each.
+fn pmemsave(guest: &mut lab::Guest) -> Result<f64> {
+    let file = PathBuf::from("/dev/shm").join(format!("stillframe-bench-{}.raw", guest.pid()));
+    let mut took = 0.0;
+    for range in guest.ram()? {
+        let begin = Instant::now();
+        let arguments = json!({ "val": range.gpa, "size": range.len, "filename": file });
+        let done = guest.qmp("pmemsave", arguments);
+        took += begin.elapsed().as_secs_f64();
+        std::fs::remove_file(&file)?;
+        done?;
+    }
+    Ok(took)
+}
+
+/// QMP `dump-guest-memory` as ELF to tmpfs.
+fn dump(guest: &mut lab::Guest) -> Result<f64> {
+    let file = PathBuf::from("/dev/shm").join(format!("stillframe-bench-{}.elf", guest.pid()));
+    let begin = Instant::now();
+    let protocol = format!("file:{}", file.display());
+    let done = guest.qmp("dump-guest-memory", json!({ "paging": false, "protocol": protocol }));
+    let took = begin.elapsed().as_secs_f64();
+    std::fs::remove_file(&file)?;
+    done?;
+    Ok(took)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "nanoseconds of a run of minutes")]
+fn seconds(ns: u64) -> f64 {
+    ns as f64 / 1e9
+}
+
+fn median(rows: &[Value], path: &str) -> f64 {
+    let mut values: Vec<f64> =
+        rows.iter().filter_map(|row| row.pointer(path).and_then(Value::as_f64)).collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn medians(rows: &[Value]) -> Value {
+    let window = median(rows, "/live/window_s");
+    let pmemsave = median(rows, "/pmemsave_s");
+    let dump = median(rows, "/dump_guest_memory_s");
+    json!({
+        "live_window_s": window,
+        "live_whole_s": median(rows, "/live/whole_s"),
+        "live_disk_store_window_s": median(rows, "/live_to_disk_store/window_s"),
+        "pmemsave_s": pmemsave,
+        "dump_guest_memory_s": dump,
+        "pmemsave_over_window": pmemsave / window,
+        "dump_over_window": dump / window,
+        "beside_store_mib": median(rows, "/live/beside_store_bytes") / f64::from(1 << 20),
+    })
+}
+
+fn cpu_model() -> Result<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("model name"));
+    Ok(line.unwrap_or("?").trim_start_matches([' ', '\t', ':']).to_owned())
+}
+
+fn print_table(medians: &Value) {
+    let get = |name: &str| medians[name].as_f64().unwrap_or(f64::NAN);
+    println!("| figure (median) | value | target |");
+    println!("| --- | --- | --- |");
+    println!("| window of live, RAM store | {:.2} s | |", get("live_window_s"));
+    println!("| window of live, disk store (tmpfs) | {:.2} s | |", get("live_disk_store_window_s"));
+    println!("| live, whole run with sealing and file digest | {:.2} s | |", get("live_whole_s"));
+    println!("| pmemsave of all RAM | {:.2} s | |", get("pmemsave_s"));
+    println!("| dump-guest-memory, ELF | {:.2} s | |", get("dump_guest_memory_s"));
+    println!("| pmemsave / window | {:.1} | >= 20 |", get("pmemsave_over_window"));
+    println!("| dump-guest-memory / window | {:.1} | >= 4 |", get("dump_over_window"));
+    println!("| memory beside the store | {:.1} MiB | <= 66 MiB |", get("beside_store_mib"));
+}

@@ -1,0 +1,286 @@
+//! The tool while it runs: its events as they come, signals to it, how it ended.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::{JoinHandle, spawn};
+use std::time::{Duration, Instant};
+
+use lab::{Doing, Guest, Lab, Result, failed, proc};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// Longest wait for an event or for the end.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// `acquire` by `live` with `--json`, not yet started. The exhibit shall lie in `out`.
+pub(super) fn acquire(lab: &Lab, vm: &str, out: &Path, flags: &[&str]) -> Result<Command> {
+    let mut command = lab.tool_command(["acquire", "--method", "live", "--json"])?;
+    command.args(flags).arg("-o").arg(out).arg("--").arg(vm);
+    Ok(command)
+}
+
+/// An empty directory for exhibits.
+pub(super) fn new_dir(lab: &Lab, name: &str) -> Result<PathBuf> {
+    let dir = lab.scratch().join(name);
+    fs::create_dir(&dir).doing(format_args!("creating {}", dir.display()))?;
+    Ok(dir)
+}
+
+/// Names in a directory, sorted.
+pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
+    let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+    let mut names: Vec<_> = fs::read_dir(dir)?.flatten().map(name).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Acquires the guest with `flags` and demands a refusal, exit code 4, in these words, that left
+/// nothing in `out`.
+pub(super) fn refused(
+    lab: &Lab,
+    vm: &str,
+    out: &Path,
+    flags: &[&str],
+    words: &[&str],
+) -> Result<Ended> {
+    let ended = Running::start(acquire(lab, vm, out, flags)?)?.end()?.expect(4)?.says(words)?;
+    assert_eq!(names(out)?, [""; 0], "something was made by a run that was refused");
+    Ok(ended)
+}
+
+/// Code that `verify` ends with.
+pub(super) fn verify(lab: &Lab, exhibit: &Path) -> Result<Option<i32>> {
+    Ok(lab.tool([OsStr::new("verify"), exhibit.as_os_str()])?.status.code())
+}
+
+/// How many directories of each kind lie somewhere.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Left {
+    /// Ends in `.partial`.
+    pub(super) partial: usize,
+    /// Has its final name.
+    pub(super) whole: usize,
+}
+
+/// Looks at everything in `out`: what has its final name must verify as intact and complete, a
+/// partial must not.
+pub(super) fn assert_nothing_passes(lab: &Lab, out: &Path) -> Result<Left> {
+    let mut left = Left::default();
+    for name in names(out)? {
+        let code = verify(lab, &out.join(&name))?;
+        let partial = name.ends_with(".partial");
+        if partial == (code == Some(0)) {
+            return Err(failed(format_args!("verify ends with {code:?} for {name}")));
+        }
+        left.partial += usize::from(partial);
+        left.whole += usize::from(!partial);
+    }
+    Ok(left)
+}
+
+/// Sends a signal to a process.
+pub(super) fn signal(pid: u32, signal: Signal) -> Result<()> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).ok_or_else(|| failed("no PID"))?;
+    kill_process(pid, signal).doing(format_args!("sending {signal:?}"))
+}
+
+/// Ends a QEMU behind everybody's back.
+pub(super) fn kill(guest: &Guest) -> Result<()> {
+    signal(guest.pid(), Signal::KILL)
+}
+
+/// A started tool; dropped, it is killed.
+#[derive(Debug)]
+pub(super) struct Running {
+    child: Child,
+    start: Instant,
+    lines: Option<Receiver<String>>,
+    stderr: Option<JoinHandle<String>>,
+    events: Vec<Value>,
+}
+
+impl Running {
+    /// Starts the tool; its stdout must be JSON lines, or empty.
+    pub(super) fn start(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let start = Instant::now();
+        let mut child = command.spawn().doing(format_args!("starting {command:?}"))?;
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let (send, lines) = channel();
+        if let Some(stdout) = stdout {
+            spawn(move || {
+                // Ends, and closes the pipe, when nobody wants the lines any more.
+                for line in BufReader::new(stdout).lines().map_while(std::io::Result::ok) {
+                    if send.send(line).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        let stderr = stderr.map(|mut stderr| {
+            spawn(move || {
+                let mut bytes = Vec::new();
+                let _ = stderr.read_to_end(&mut bytes);
+                String::from_utf8_lossy(&bytes).into_owned()
+            })
+        });
+        Ok(Self { child, start, lines: Some(lines), stderr, events: Vec::new() })
+    }
+
+    /// The next event; `None` when there will be no more.
+    fn next(&mut self, wait: Duration) -> Result<Option<Value>> {
+        let Some(lines) = &self.lines else { return Ok(None) };
+        let line = match lines.recv_timeout(wait) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            Err(RecvTimeoutError::Timeout) => return Err(failed("the tool says nothing")),
+        };
+        let event: Value =
+            serde_json::from_str(&line).doing(format_args!("on stdout: {line:?}"))?;
+        if event["event"].as_str().is_none() {
+            return Err(failed(format_args!("no event on stdout but {line:?}")));
+        }
+        self.events.push(event.clone());
+        Ok(Some(event))
+    }
+
+    /// Waits for an event that `fits`.
+    pub(super) fn until(&mut self, fits: impl Fn(&Value) -> bool) -> Result<Value> {
+        while let Some(event) = self.next(PATIENCE)? {
+            if fits(&event) {
+                return Ok(event);
+            }
+        }
+        Err(failed(format_args!("the tool ended before the event; it said {:?}", self.events)))
+    }
+
+    /// Waits until pass `n` has read something.
+    pub(super) fn until_in_pass(&mut self, n: u64) -> Result<Value> {
+        self.until(|event| {
+            let read = event["done_bytes"].as_u64() > Some(0) && event["phase"] == "capture";
+            read && event["pass"] == n
+        })
+    }
+
+    /// Sends the tool a signal.
+    pub(super) fn signal(&self, which: Signal) -> Result<()> {
+        signal(self.child.id(), which)
+    }
+
+    /// Closes our end of the tool's stdout.
+    pub(super) fn stop_listening(&mut self) {
+        self.lines = None;
+    }
+
+    /// Waits for the end. The most memory that the tool ever took is asked for all the time.
+    pub(super) fn end(mut self) -> Result<Ended> {
+        let (until, mut peak_kib) = (Instant::now() + PATIENCE, 0);
+        let status = loop {
+            peak_kib = proc::status(self.child.id(), "VmHWM").unwrap_or(0).max(peak_kib);
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if Instant::now() > until {
+                return Err(failed(format_args!(
+                    "the tool does not end; events {:?}",
+                    self.events
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let took = self.start.elapsed();
+        while self.next(PATIENCE)?.is_some() {}
+        let stderr = self.stderr.take().and_then(|stderr| stderr.join().ok()).unwrap_or_default();
+        Ok(Ended { status, events: std::mem::take(&mut self.events), stderr, took, peak_kib })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A tool that has ended.
+#[derive(Debug)]
+pub(super) struct Ended {
+    /// How.
+    pub(super) status: ExitStatus,
+    /// Its stdout.
+    pub(super) events: Vec<Value>,
+    /// Its stderr.
+    pub(super) stderr: String,
+    /// How long it ran.
+    pub(super) took: Duration,
+    /// The most memory that it had resident, in KiB.
+    pub(super) peak_kib: u64,
+}
+
+impl Ended {
+    /// Fails unless this is the exit code, and the last event says the same.
+    pub(super) fn expect(self, code: i32) -> Result<Self> {
+        let (status, stderr) = (self.status, self.stderr.trim_end());
+        if status.code() != Some(code) {
+            return Err(failed(format_args!("ended with {status}, not {code}: {stderr}")));
+        }
+        let done = self.events.last();
+        if done.is_some_and(|done| done["event"] != "done" || done["exit"] != code) {
+            return Err(failed(format_args!("ended with {code}, and said last {done:?}")));
+        }
+        Ok(self)
+    }
+
+    /// Fails unless stderr holds all of these.
+    pub(super) fn says(self, words: &[&str]) -> Result<Self> {
+        match words.iter().find(|word| !self.stderr.contains(**word)) {
+            Some(word) => Err(failed(format_args!("{word:?} is not in: {}", self.stderr))),
+            None => Ok(self),
+        }
+    }
+
+    /// What the last event says of `field`; `null` when nothing.
+    pub(super) fn done(&self, field: &str) -> Value {
+        self.events.last().map_or(Value::Null, |done| done[field].clone())
+    }
+
+    /// The exhibit that the last event names, and its manifest.
+    pub(super) fn exhibit(&self) -> Result<(PathBuf, Value)> {
+        let done = self.done("exhibit");
+        let dir = done.as_str().map(PathBuf::from);
+        let dir = dir.ok_or_else(|| failed(format_args!("no exhibit: {}", self.stderr)))?;
+        let manifest = fs::read(dir.join("manifest.json")).doing("reading the manifest")?;
+        Ok((dir, serde_json::from_slice(&manifest)?))
+    }
+
+    /// Fails unless there is a partial exhibit whose record has this status (`failed`: nothing was
+    /// read), and which `verify` finds intact but partial. Its reason, which the last event must
+    /// give too.
+    pub(super) fn partial(&self, lab: &Lab, status: &str) -> Result<String> {
+        let (dir, manifest) = self.exhibit()?;
+        assert!(dir.to_string_lossy().ends_with(".partial"), "{}", dir.display());
+        assert_eq!(manifest["status"], status);
+        assert_eq!(manifest["end_reason"], self.done("reason"));
+        lab.tool([OsStr::new("verify"), dir.as_os_str()])?.expect_code(3)?;
+        Ok(manifest["end_reason"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Fails unless there is a complete exhibit that `verify` finds so.
+    pub(super) fn complete(&self, lab: &Lab) -> Result<Value> {
+        let (dir, manifest) = self.exhibit()?;
+        assert!(!dir.to_string_lossy().ends_with(".partial"), "{}", dir.display());
+        assert_eq!(manifest["status"], "complete");
+        lab.tool([OsStr::new("verify"), dir.as_os_str()])?.expect_code(0)?;
+        Ok(manifest)
+    }
+
+    /// Texts of the warnings.
+    pub(super) fn warnings(&self) -> String {
+        let texts = self.events.iter().filter(|event| event["event"] == "warning");
+        texts.filter_map(|event| event["text"].as_str()).collect::<Vec<_>>().join("\n")
+    }
+}
