@@ -546,13 +546,18 @@ impl Guest {
         Ok(bytes)
     }
 
-    /// The second oracle: the range as the lab itself reads it from `/proc/PID/mem`, at the
-    /// address that `gpa2hva` names. The range must be one of [`Guest::ram`] or part of one.
-    pub fn read_own(&mut self, gpa: u64, len: u64) -> Result<Vec<u8>> {
+    /// The address in QEMU's process of a guest-physical one, as `gpa2hva` names it.
+    pub fn hva(&mut self, gpa: u64) -> Result<u64> {
         let said = self.qmp.human(&format!("gpa2hva {gpa:#x}"))?;
         let hva = said.rsplit_once("is 0x").map(|(_, hex)| hex.trim());
         let hva = hva.and_then(|hex| u64::from_str_radix(hex, 16).ok());
-        let hva = hva.ok_or_else(|| failed(format_args!("gpa2hva {gpa:#x} said {said:?}")))?;
+        hva.ok_or_else(|| failed(format_args!("gpa2hva {gpa:#x} said {said:?}")))
+    }
+
+    /// The second oracle: the range as the lab itself reads it from `/proc/PID/mem`, at the
+    /// address that `gpa2hva` names. The range must be one of [`Guest::ram`] or part of one.
+    pub fn read_own(&mut self, gpa: u64, len: u64) -> Result<Vec<u8>> {
+        let hva = self.hva(gpa)?;
         let memory = File::open(format!("/proc/{}/mem", self.pid()))?;
         let mut bytes = vec![0; usize::try_from(len)?];
         memory

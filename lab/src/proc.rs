@@ -16,7 +16,8 @@ pub fn meminfo_kib(field: &str) -> Result<u64> {
     number_in(Path::new("/proc/meminfo"), field)
 }
 
-fn number_in(path: &Path, field: &str) -> Result<u64> {
+/// The number behind `FIELD:` in a file of lines such as `/proc/PID/status`.
+pub fn number_in(path: &Path, field: &str) -> Result<u64> {
     let text = fs::read_to_string(path).doing(format_args!("reading {}", path.display()))?;
     let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let number = value.and_then(|value| value.split_whitespace().next()?.parse().ok());

@@ -128,6 +128,7 @@ fn qemu_by_any_name_is_found(lab: &Lab) -> Result<()> {
         fs::copy(lab.kit.qemu_binary(Version::V7_2), &binary)?;
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL"]).arg(&binary).args(["-nodefaults", "-display", "none"]);
+        qemu.env("QEMU_MODULE_DIR", "/usr/lib/x86_64-linux-gnu/qemu");
         qemu.args(["-L", "/usr/share/seabios", "-L", "/usr/share/qemu", "-accel", "tcg"]);
         qemu.args(["-S", "-m", "32", "-name", name, "-qmp"]);
         qemu.arg(format!("unix:{},server=on,wait=off", socket.display()));

@@ -6,6 +6,7 @@ use crate::output::{self, Show, safe, size};
 use acquire::event::{Event, Observer, Phase};
 use evidence::verify::{Options, Outcome, Progress, Verdict, VerifyError, verify};
 use host::exhibit_dir::ExhibitFiles;
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -38,7 +39,11 @@ pub(crate) fn run(args: &Verify) -> Exit {
     let result = verify(&dir, &Options { threads, progress: Some(&progress) });
     show.end();
     match result {
-        Ok(verdict) => {
+        Ok(mut verdict) => {
+            if verdict.outcome == Outcome::Intact && is_partial(&args.exhibit) {
+                output::say("the directory is called .partial: its acquisition did not end");
+                verdict.outcome = Outcome::Losses;
+            }
             if args.json {
                 output::json(&verdict);
             } else {
@@ -57,6 +62,11 @@ pub(crate) fn run(args: &Verify) -> Exit {
             Exit::Failed
         }
     }
+}
+
+/// A run that was killed between its manifest and its exhibit's name left all but the name.
+fn is_partial(exhibit: &Path) -> bool {
+    exhibit.canonicalize().is_ok_and(|path| path.extension().is_some_and(|end| end == "partial"))
 }
 
 fn exit(outcome: Outcome) -> Exit {
