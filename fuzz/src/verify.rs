@@ -11,7 +11,7 @@ use evidence::exhibit::{self, MemoryExhibit, image_name};
 use evidence::format::{self, Format, elf::Arch};
 use evidence::manifest::{BlocksFile, Image, Loss, LossKind, Pass, Stable, StateBytes, Status};
 use evidence::record::{PageRun, Span};
-use evidence::state::{page_count, pages, runs};
+use evidence::state::{pages, runs};
 use evidence::verify::{Options, Outcome, Verdict, VerifyError, verify};
 use evidence::{Block, BlockRecord, Digest, MemoryMap, PageState, block, sums};
 use std::collections::BTreeSet;
@@ -241,7 +241,7 @@ fn small(recipe: Recipe) -> Result<MemoryExhibit> {
             }
         }
         changed += record.pages_changed();
-        equal += page_count(range) - record.pages_changed();
+        equal += record.pages_equal();
         lines.extend(serde_json::to_vec(&record)?);
         lines.push(b'\n');
         records.push(record);

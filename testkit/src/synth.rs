@@ -254,7 +254,7 @@ fn write_image(exhibit: &mut MemoryExhibit, manifest: &mut Manifest, recipe: Rec
             }
         }
         changed += record.pages_changed();
-        equal += evidence::state::page_count(range) - record.pages_changed();
+        equal += record.pages_equal();
         records.push(record);
     }
     put_records(exhibit, &records)?;
@@ -400,6 +400,7 @@ fn blank_manifest() -> Result<Manifest> {
             what: "one connection to the monitor, closed".into(),
             why: "the map comes from QEMU".into(),
         }],
+        disturbances: Vec::new(),
         caveats: Vec::new(),
         limitations: vec![VOLATILE.into()],
         warnings: Vec::new(),

@@ -52,7 +52,7 @@ const SHOWN: usize = 60;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Seconds for each target
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 8)]
     pub(crate) seconds: u32,
     /// One target instead of all
     pub(crate) target: Option<String>,

@@ -38,6 +38,8 @@ pub struct Cell {
     pub changed: Option<Box<Changed>>,
     /// Digest of what the store holds; known after sealing.
     pub digest: Digest,
+    /// The image holds it.
+    pub sealed: bool,
 }
 
 /// The blocks of `map`, nothing known of them yet.
@@ -56,6 +58,7 @@ pub fn cells(map: &MemoryMap) -> Result<Vec<Cell>, TooManyBlocks> {
             first: None,
             changed: None,
             digest: Digest::ZERO,
+            sealed: false,
         })
         .collect())
 }

@@ -10,8 +10,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A running VM, as its process shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -48,6 +48,9 @@ pub struct Target {
     /// Sockets to try, in order.
     pub sockets: Vec<PathBuf>,
 }
+
+/// How long a socket named by the operator may take to be connected: its queue can be full.
+const SOCKET: Duration = Duration::from_secs(2);
 
 /// Why no VM was chosen.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +98,7 @@ pub enum FindError {
         path: PathBuf,
         /// Why.
         #[source]
-        cause: std::io::Error,
+        cause: qemu::QmpError,
     },
 }
 
@@ -154,9 +157,9 @@ fn by_pid(pid: u32, wanted: &str) -> Result<Target, FindError> {
 
 /// The process behind a socket is who the kernel says it is, not who a command line claims.
 fn by_socket(path: &Path) -> Result<Target, FindError> {
-    let at = |cause| FindError::Socket { path: path.to_owned(), cause };
-    let stream = UnixStream::connect(path).map_err(at)?;
-    let pid = host::peer::peer(&stream).map_err(at)?.pid;
+    let pid = qemu::qmp::peer_of(path, SOCKET)
+        .map_err(|cause| FindError::Socket { path: path.to_owned(), cause })?
+        .pid;
     let name = pid.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
     let not_qemu = || FindError::NotQemu { path: path.to_owned(), pid: name };
     let Some(pid) = pid else { return Err(not_qemu()) };
@@ -169,7 +172,11 @@ fn by_socket(path: &Path) -> Result<Target, FindError> {
 /// What process `pid` is, when it is a QEMU.
 fn look(pid: u32) -> Result<Option<Target>, host::HostError> {
     let process = Process::open(pid)?;
-    let exe = process.exe()?;
+    // Another user's executable is hidden from us, his command line is not.
+    let exe = match process.exe() {
+        Ok(exe) => exe,
+        Err(error) => process.argv()?.into_iter().next().ok_or(error)?,
+    };
     if !cmdline::is_qemu_exe(&exe) {
         return Ok(None);
     }

@@ -37,6 +37,8 @@ pub struct Guarded {
     draft: NewExhibit,
     image_name: String,
     ram: Option<RamStore>,
+    /// What the RAM store took, once it is given back.
+    ram_taken: Option<u64>,
 }
 
 /// Makes the exhibit's directory and everything in it that must not fail later.
@@ -75,7 +77,8 @@ pub fn guard(
         Err(StoreError::Cancelled { .. }) => (None, Some(Ending::Interrupted)),
         Err(error) => (None, Some(Ending::Failed(told(&error)))),
     };
-    Ok(Guarded { record_id, layout, file, map_before, refusal, draft, image_name, ram })
+    let ram_taken = None;
+    Ok(Guarded { record_id, layout, file, map_before, refusal, draft, image_name, ram, ram_taken })
 }
 
 /// The image says which record it belongs to, wherever it is copied.
@@ -140,9 +143,20 @@ impl Guarded {
         }
     }
 
+    /// Whether the store is the image itself.
+    pub fn is_in_place(&self) -> bool {
+        self.ram.is_none()
+    }
+
+    /// Gives the RAM store's memory back: everything in it is in the image.
+    pub fn give_back_ram(&mut self) {
+        self.ram_taken = self.store_bytes();
+        self.ram = None;
+    }
+
     /// Bytes of memory that a RAM store took.
     pub fn store_bytes(&self) -> Option<u64> {
-        self.ram.as_ref().map(RamStore::taken)
+        self.ram.as_ref().map(RamStore::taken).or(self.ram_taken)
     }
 
     /// The draft's directory.

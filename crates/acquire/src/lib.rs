@@ -29,6 +29,7 @@ use crate::method::process::{self, Pass, Work};
 use crate::plan::{Plan, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
 use crate::stop::Stop;
+use evidence::digest::Digest;
 use evidence::exhibit;
 use evidence::manifest::{BlocksFile, FileRecord, Image, JournalFile, MapCheck};
 use evidence::{GuestRange, PageState};
@@ -177,7 +178,7 @@ pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Do
         run.capture(request, &looked, &guarded, &log, tell, stop); // capture
     }
     run.map_again(&mut looked, &log, tell);
-    let sealed = run.seal(request, &plan, &guarded, &log, tell, &stop.next());
+    let sealed = run.seal(request, &plan, &mut guarded, &log, tell, &stop.next());
     run.exhibit(request, &looked, &plan, guarded, sealed, &log, &began) // exhibit
 }
 
@@ -200,6 +201,12 @@ struct Run {
     run_state_after: Option<String>,
     /// Names of the events that QEMU told of meanwhile.
     events: Vec<String>,
+    /// What happened to the machine meanwhile.
+    disturbances: Vec<String>,
+    /// How each region was read.
+    readers: Vec<(GuestRange, &'static str)>,
+    /// What went otherwise than it should, after the plan.
+    warnings: Vec<String>,
 }
 
 impl Run {
@@ -216,6 +223,9 @@ impl Run {
             map_difference: None,
             run_state_after: None,
             events: Vec::new(),
+            disturbances: Vec::new(),
+            readers: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -259,6 +269,7 @@ impl Run {
             Err(Cut::Failed(error)) => Some(Ending::Failed(told(&error))),
         };
         self.after = Measure::take(&looked.target.process);
+        self.readers = looked.readers();
         self.drop_unreached();
     }
 
@@ -276,9 +287,13 @@ impl Run {
                 let text = again.located.text().into_bytes();
                 self.map_after = Some((record::file_record(exhibit::MAP_AFTER, &text), text));
                 self.map_difference = looked.located.difference(&again.located);
-                self.run_state_after = Some(again.run_state);
+                self.run_state_after = Some(again.run_state.clone());
                 for (name, data) in &again.events {
                     log.add("event", json!({ "name": name, "data": data }));
+                }
+                self.disturbances = disturbances(&again);
+                for text in &self.disturbances {
+                    tell.event(Event::Warning { text: format!("meanwhile {text}") });
                 }
                 self.events = again.events.into_iter().map(|(name, _)| name).collect();
             }
@@ -300,7 +315,7 @@ impl Run {
         &mut self,
         request: &Request,
         plan: &Plan,
-        guarded: &Guarded,
+        guarded: &mut Guarded,
         log: &Log,
         tell: &dyn Observer,
         stop: &Stop,
@@ -311,14 +326,10 @@ impl Run {
         log.add("seal", json!({ "blocks": self.cells.len() }));
         match self.try_seal(request, plan, guarded, tell, stop) {
             Ok(sealed) => Some(sealed),
-            Err(Cut::Stopped) => {
-                self.end = Some(Ending::Interrupted);
-                None
-            }
-            Err(Cut::Failed(error)) => {
+            Err(error) => {
                 let reason = told(&error);
                 log.add("seal", json!({ "error": reason }));
-                self.end = Some(Ending::Failed(reason));
+                self.end.get_or_insert(Ending::Failed(reason));
                 None
             }
         }
@@ -328,29 +339,16 @@ impl Run {
         &mut self,
         request: &Request,
         plan: &Plan,
-        guarded: &Guarded,
+        guarded: &mut Guarded,
         tell: &dyn Observer,
         stop: &Stop,
-    ) -> Result<Sealed, Cut<seal::SealError>> {
-        let setting = copy::Setting {
-            workers: cpus(),
-            max_rate: None,
-            stop,
-            observer: tell,
-            phase: Phase::Seal,
-            pass: None,
-        };
-        seal::blocks(&mut self.cells, guarded.store(), &guarded.image(), &setting)?;
-        let other_bytes_sha256 =
-            seal::pieces(&guarded.layout, &guarded.file).map_err(Cut::Failed)?;
-        seal::finish(&guarded.file, guarded.layout.len).map_err(Cut::Failed)?;
-        let out = guarded.new_file(exhibit::BLOCKS).map_err(Cut::Failed)?;
-        let records = seal::records(&self.cells, out).map_err(Cut::Failed)?;
-        let sha256 = if request.file_digest {
-            Some(seal::file_digest(&guarded.file, guarded.layout.len, tell, stop)?)
-        } else {
-            None
-        };
+    ) -> Result<Sealed, seal::SealError> {
+        self.seal_blocks(guarded, tell, stop);
+        guarded.give_back_ram();
+        let other_bytes_sha256 = seal::pieces(&guarded.layout, &guarded.file)?;
+        seal::finish(&guarded.file, guarded.layout.len)?;
+        let records = seal::records(&self.cells, guarded.new_file(exhibit::BLOCKS)?)?;
+        let sha256 = if request.file_digest { self.file_digest(guarded, tell, stop) } else { None };
         tell.event(Event::Sealed {
             memory_root: records.memory_root.to_string(),
             data_bytes: self.bytes_in(PageState::Data),
@@ -374,6 +372,58 @@ impl Run {
         })
     }
 
+    /// Brings the blocks into the image. Those that do not come there are losses; what is there
+    /// stays, whatever ended the sealing.
+    fn seal_blocks(&mut self, guarded: &Guarded, tell: &dyn Observer, stop: &Stop) {
+        // A block that is on disk already needs only its digest: nothing is gained by stopping.
+        let never = Stop::new();
+        let stop = if guarded.is_in_place() { &never } else { stop };
+        let setting = copy::Setting {
+            workers: cpus(),
+            max_rate: None,
+            stop,
+            observer: tell,
+            phase: Phase::Seal,
+            pass: None,
+        };
+        let (store, image) = (guarded.store(), guarded.image());
+        match seal::blocks(&mut self.cells, store, &image, &setting) {
+            Ok(()) => return,
+            Err(Cut::Stopped) => self.end.get_or_insert(Ending::Interrupted),
+            Err(Cut::Failed(error)) => self.end.get_or_insert(Ending::Failed(told(&error))),
+        };
+        for cell in self.cells.iter().filter(|cell| !cell.sealed) {
+            // Half a block is none, and its space is wanted for the record.
+            let _ = guarded.file.punch(cell.block);
+            self.not_reached.push(cell.block);
+        }
+        self.not_reached.sort();
+        self.cells.retain(|cell| cell.sealed);
+    }
+
+    /// The digest of the whole file, unless the operator or the disk has enough.
+    fn file_digest(
+        &mut self,
+        guarded: &Guarded,
+        tell: &dyn Observer,
+        stop: &Stop,
+    ) -> Option<Digest> {
+        let text = match seal::file_digest(&guarded.file, guarded.layout.len, tell, stop) {
+            Ok(digest) => return Some(digest),
+            Err(Cut::Stopped) => {
+                "the file digest was left out when the operator interrupted".to_owned()
+            }
+            Err(Cut::Failed(error)) => {
+                let text = format!("the image could not be read back: {}", told(&error));
+                self.end.get_or_insert(Ending::Failed(text.clone()));
+                text
+            }
+        };
+        tell.event(Event::Warning { text: text.clone() });
+        self.warnings.push(text);
+        None
+    }
+
     fn bytes_in(&self, wanted: PageState) -> u64 {
         let of_cell = |cell: &Cell| -> u64 {
             evidence::state::pages(cell.block)
@@ -391,10 +441,11 @@ impl Run {
             return end.clone();
         }
         let unreadable = self.bytes_in(PageState::Unreadable);
-        match (&self.map_difference, unreadable) {
-            (Some(difference), _) => {
-                Ending::Losses(format!("the memory map changed meanwhile: {difference}"))
-            }
+        if let Some(difference) = &self.map_difference {
+            return Ending::Losses(format!("the memory map changed meanwhile: {difference}"));
+        }
+        match (self.disturbances.first(), unreadable) {
+            (Some(what), _) => Ending::Losses(format!("meanwhile {what}")),
             (None, 1..) => Ending::Losses(format!("{unreadable} bytes could not be read")),
             (None, 0) => Ending::Complete,
         }
@@ -437,7 +488,7 @@ impl Run {
             plan,
             before: self.before,
             after: self.after,
-            readers: looked.readers(),
+            readers: self.readers,
             passes: self.passes,
             not_reached: self.not_reached,
             faults: looked.memory.take_faults(),
@@ -449,9 +500,10 @@ impl Run {
             map_difference: self.map_difference,
             run_state_after: self.run_state_after,
             events: self.events,
+            disturbances: self.disturbances,
             workers: cpus(),
             store_bytes: guarded.store_bytes(),
-            warnings: looked.warnings.clone(),
+            warnings: [looked.warnings.clone(), plan.warnings.clone(), self.warnings].concat(),
             end_reason: if ending.is_whole() { None } else { ending.reason() },
         };
         let journal =
@@ -468,6 +520,25 @@ impl Run {
         };
         Ok(Done { ending, exhibit: Some(exhibit) })
     }
+}
+
+/// What happened between the two looks that makes the image one of a machine that did not stay
+/// itself.
+fn disturbances(again: &look::Again) -> Vec<String> {
+    let of_event = |name: &str| match name {
+        "RESET" => Some("the machine was reset: the image may hold two boots"),
+        "SHUTDOWN" => Some("the machine shut down"),
+        "DEVICE_DELETED" => Some("a device was unplugged"),
+        "MEMORY_DEVICE_SIZE_CHANGE" => Some("a memory device changed its size"),
+        _ => None,
+    };
+    let mut texts: Vec<String> =
+        again.events.iter().filter_map(|(name, _)| of_event(name)).map(str::to_owned).collect();
+    if ["postmigrate", "finish-migrate", "inmigrate"].contains(&again.run_state.as_str()) {
+        texts.push(format!("the machine began to migrate: it is {:?}", again.run_state));
+    }
+    texts.dedup();
+    texts
 }
 
 /// An error with its causes on one line, for the record.

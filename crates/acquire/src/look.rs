@@ -31,7 +31,8 @@ pub struct Looked {
     pub resident: Vec<GuestRange>,
     /// What the operator should know.
     pub warnings: Vec<String>,
-    qmp: Qmp,
+    /// Until the second look: others may want the monitor afterwards.
+    qmp: Option<Qmp>,
 }
 
 /// A second look, after the last read.
@@ -107,7 +108,7 @@ pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
         })
     })?;
     let resident = memory.resident(&blocks)?;
-    let facts = facts(request, &target, &vm, migration, &located, &memory)?;
+    let facts = facts(request, &target, &vm, migration, &located, &memory, &resident)?;
     log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
     if memory.reads_around_ksm() {
         warnings.push(
@@ -115,7 +116,7 @@ pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
                 .to_owned(),
         );
     }
-    Ok(Looked { target, vm, located, memory, facts, resident, warnings, qmp })
+    Ok(Looked { target, vm, located, memory, facts, resident, warnings, qmp: Some(qmp) })
 }
 
 /// The refusal that `facts` lead to; they always do.
@@ -168,6 +169,7 @@ fn facts(
     migration: Option<String>,
     located: &Located,
     memory: &GuestMemory,
+    resident: &[GuestRange],
 ) -> Result<Facts, Failure> {
     let usage = memory.usage()?;
     let limit = RamStore::limit(request.max_ram).map_err(|error| match error {
@@ -182,19 +184,19 @@ fn facts(
         Some(path) => Some(output_facts(path, target)?),
         None => None,
     };
-    let unfit = format::encode(request.wish.format, arch(&vm.arch), &located.map, &[]);
     Ok(Facts {
         run_state: vm.run_state.clone(),
         confidential: None,
         migration,
         image_bytes: located.map.imaged_len(),
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
+        reserve_bytes: resident.iter().map(|block| block.len()).sum(),
         swapped_bytes: usage.iter().map(|u| u.swapped).sum(),
         available_bytes: host::memory::host_memory()?.available,
         ram_limit_bytes: limit.bytes,
         ram_limit_by: limit.bound.to_string(),
         output,
-        format_unfit: unfit.err().map(|error| error.to_string()),
+        format_unfit: unfit(request, vm, &located.map),
     })
 }
 
@@ -211,15 +213,30 @@ fn output_facts(path: &Path, target: &Target) -> Result<OutputFacts, Failure> {
         .map(|fd| String::from_utf8_lossy(&fd.link).into_owned());
     Ok(OutputFacts {
         path: path.display().to_string(),
+        in_memory: matches!(system.kind.as_str(), "tmpfs" | "ramfs"),
         free_bytes: system.free,
         total_bytes: system.total,
         vm_disk,
     })
 }
 
-/// The architecture that an ELF image of the guest says.
-pub fn arch(word: &str) -> Arch {
-    if word == "aarch64" { Arch::Aarch64 } else { Arch::X86_64 }
+/// The architecture that an ELF image of the guest says; `None` when none is known for it.
+pub fn arch(word: &str) -> Option<Arch> {
+    match word {
+        "x86_64" | "i386" => Some(Arch::X86_64),
+        "aarch64" => Some(Arch::Aarch64),
+        _ => None,
+    }
+}
+
+/// Why the image does not fit the format, if it does not.
+fn unfit(request: &Request, vm: &VmFacts, map: &MemoryMap) -> Option<String> {
+    let format = request.wish.format;
+    if format == Format::Elf && arch(&vm.arch).is_none() {
+        return Some(format!("no ELF machine is known here for a guest of {:?}", vm.arch));
+    }
+    let arch = arch(&vm.arch).unwrap_or(Arch::X86_64);
+    format::encode(format, arch, map, &[]).err().map(|error| error.to_string())
 }
 
 impl Looked {
@@ -252,7 +269,8 @@ impl Looked {
         }
     }
 
-    /// The same look once more: the same process, the same monitor, the map taken anew.
+    /// The same look once more: the same process, the same monitor, the map taken anew. The monitor
+    /// is free for others then; a third look is an error.
     ///
     /// # Errors
     /// [`Failure`], also when the process is not the one that was found.
@@ -261,11 +279,11 @@ impl Looked {
         if !process.alive() || !process.still_same() {
             return Err(Failure::Host(host::HostError::Exited { pid: process.pid() }));
         }
-        self.memory.begin_pass()?;
-        let (located, _) = map::locate(&mut self.qmp, process)?;
-        let run_state = qemu::facts::Facts::of(&mut self.qmp, monitor::QUERY).status()?.status;
-        let events =
-            self.qmp.take_events().into_iter().map(|event| (event.name, event.data)).collect();
+        self.memory.check_mappings()?;
+        let mut qmp = self.qmp.take().ok_or(qemu::QmpError::Broken)?;
+        let (located, _) = map::locate(&mut qmp, process)?;
+        let run_state = qemu::facts::Facts::of(&mut qmp, monitor::QUERY).status()?.status;
+        let events = qmp.take_events().into_iter().map(|event| (event.name, event.data)).collect();
         Ok(Again { located, run_state, events })
     }
 
@@ -288,6 +306,8 @@ impl Looked {
         format: Format,
         notes: &[evidence::format::Note],
     ) -> Result<evidence::format::Layout, evidence::format::FormatError> {
-        format::encode(format, arch(&self.vm.arch), &self.located.map, notes)
+        // Raw and LiME name no architecture; ELF of an unknown one was refused by the plan.
+        let arch = arch(&self.vm.arch).unwrap_or(Arch::X86_64);
+        format::encode(format, arch, &self.located.map, notes)
     }
 }

@@ -69,7 +69,10 @@ pub fn open(target: &Target, log: &Log) -> Result<(Qmp, Vec<String>), MonitorErr
     let mut tried = Vec::new();
     for path in &target.sockets {
         match connect(path, wait, log) {
-            Ok(qmp) => return identified(qmp, pid).map(|qmp| (qmp, tried)),
+            Ok(qmp) => match identified(qmp, pid) {
+                Ok(qmp) => return Ok((qmp, tried)),
+                Err(error) => tried.push(error.to_string()),
+            },
             Err(error) => tried.push(error.to_string()),
         }
     }

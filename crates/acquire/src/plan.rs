@@ -66,6 +66,8 @@ impl Default for Wish {
 pub struct OutputFacts {
     /// The directory.
     pub path: String,
+    /// It keeps files in the host's memory: tmpfs, ramfs.
+    pub in_memory: bool,
     /// Bytes free to us.
     pub free_bytes: u64,
     /// Bytes in all.
@@ -87,7 +89,9 @@ pub struct Facts {
     pub image_bytes: u64,
     /// Of these, bytes that the host has memory for.
     pub resident_bytes: u64,
-    /// Of these, bytes that the host has swapped out.
+    /// Bytes of the blocks that hold them: what store and image set aside.
+    pub reserve_bytes: u64,
+    /// Of the resident bytes, those that the host has swapped out.
     pub swapped_bytes: u64,
     /// Bytes of memory that the host can give without swapping.
     pub available_bytes: u64,
@@ -165,9 +169,9 @@ fn record_bytes(image_bytes: u64) -> u64 {
     image_bytes / (1 << 20) * 512 + (4 << 20)
 }
 
-/// Bytes that the exhibit may need on disk: what is resident, the image's head, the record.
+/// Bytes that the exhibit may need on disk: the blocks that hold anything, the image's head, the record.
 fn output_bytes(facts: &Facts) -> u64 {
-    facts.resident_bytes.saturating_add(2 << 20).saturating_add(record_bytes(facts.image_bytes))
+    facts.reserve_bytes.saturating_add(2 << 20).saturating_add(record_bytes(facts.image_bytes))
 }
 
 /// Decides what to do.
@@ -188,6 +192,9 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         refuse_output(output, output_bytes)?;
     }
     let (store, store_why) = store(facts, wish)?;
+    if !wish.force_output {
+        refuse_memory(facts, store, output_bytes)?;
+    }
     Ok(Plan {
         method,
         class: Class::None,
@@ -307,12 +314,32 @@ fn refuse_output(output: &OutputFacts, needed: u64) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// An output that is the host's memory counts as memory, beside a RAM store.
+fn refuse_memory(facts: &Facts, store: StoreKind, output: u64) -> Result<(), Refusal> {
+    let Some(place) = facts.output.as_ref().filter(|output| output.in_memory) else {
+        return Ok(());
+    };
+    let store = if store == StoreKind::Ram { facts.reserve_bytes } else { 0 };
+    let needed = output.saturating_add(store);
+    if needed > facts.ram_limit_bytes {
+        return Err(Refusal::new(
+            format!(
+                "{} keeps files in memory: exhibit and store together may take {needed} bytes, and \
+                 {} is the limit ({})",
+                place.path, facts.ram_limit_bytes, facts.ram_limit_by
+            ),
+            &["-o DIR on a disk", "--force-output"],
+        ));
+    }
+    Ok(())
+}
+
 fn store(facts: &Facts, wish: &Wish) -> Result<(StoreKind, String), Refusal> {
-    let fits = facts.resident_bytes <= facts.ram_limit_bytes;
+    let fits = facts.reserve_bytes <= facts.ram_limit_bytes;
     let limit = format!("{} bytes, set by {}", facts.ram_limit_bytes, facts.ram_limit_by);
     match wish.store {
         Some(StoreKind::Ram) if !fits => Err(Refusal::new(
-            format!("a RAM store needs {} bytes and may take {limit}", facts.resident_bytes),
+            format!("a RAM store needs {} bytes and may take {limit}", facts.reserve_bytes),
             &["--store disk", "--max-ram N where it is --max-ram that limits"],
         )),
         Some(kind) => Ok((kind, format!("asked for: --store {}", kind.word()))),
@@ -321,7 +348,7 @@ fn store(facts: &Facts, wish: &Wish) -> Result<(StoreKind, String), Refusal> {
         }
         None => Ok((
             StoreKind::Disk,
-            format!("{} resident bytes do not fit a RAM store ({limit})", facts.resident_bytes),
+            format!("{} bytes do not fit a RAM store ({limit})", facts.reserve_bytes),
         )),
     }
 }
@@ -340,7 +367,7 @@ fn changes(facts: &Facts, store: StoreKind) -> Vec<String> {
     if store == StoreKind::Ram {
         changes.push(format!(
             "about {} bytes of host memory are taken until the image is written",
-            facts.resident_bytes
+            facts.reserve_bytes
         ));
     }
     changes
@@ -365,12 +392,14 @@ mod tests {
             migration: None,
             image_bytes: 4 << 30,
             resident_bytes: 3 << 30,
+            reserve_bytes: 3 << 30,
             swapped_bytes: 0,
             available_bytes: 16 << 30,
             ram_limit_bytes: 8 << 30,
             ram_limit_by: "half of MemAvailable".into(),
             output: Some(OutputFacts {
                 path: "/evidence".into(),
+                in_memory: false,
                 free_bytes: 100 << 30,
                 total_bytes: 200 << 30,
                 vm_disk: None,
@@ -431,6 +460,17 @@ mod tests {
         shared.output.as_mut().unwrap().free_bytes -= 1;
         refused(&shared, &live(), "web-07.qcow2");
         assert!(choose(&shared, &Wish { force_output: true, ..live() }).is_ok());
+    }
+
+    #[test]
+    fn an_output_in_memory_counts_as_memory() {
+        let mut facts = facts();
+        facts.output.as_mut().unwrap().in_memory = true;
+        assert!(choose(&facts, &live()).is_ok());
+        facts.ram_limit_bytes = 5 << 30;
+        refused(&facts, &live(), "in memory");
+        assert!(choose(&facts, &Wish { store: Some(StoreKind::Disk), ..live() }).is_ok());
+        assert!(choose(&facts, &Wish { force_output: true, ..live() }).is_ok());
     }
 
     #[test]

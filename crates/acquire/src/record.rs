@@ -3,7 +3,7 @@
 use crate::copy::Cell;
 use crate::find::Target;
 use crate::log::Log;
-use crate::method::process::{Pass, changed_pages};
+use crate::method::process::Pass;
 use crate::plan::Plan;
 use crate::{CaseNotes, Request};
 use evidence::digest::{Digest, Hasher};
@@ -101,6 +101,8 @@ pub struct Story<'a> {
     pub map_difference: Option<String>,
     /// QEMU's run state after the last read.
     pub run_state_after: Option<String>,
+    /// What happened to the machine meanwhile.
+    pub disturbances: Vec<String>,
     /// Names of the events that QEMU told of during the acquisition.
     pub events: Vec<String>,
     /// Worker threads.
@@ -137,10 +139,10 @@ impl Story<'_> {
             Some(s) => (Some(s.image), Some(s.blocks), Some(s.memory_root)),
             None => (None, None, None),
         };
-        let status = match (&self.end_reason, self.passes.is_empty() && !has_image) {
+        let status = match (&self.end_reason, has_image) {
             (None, _) => Status::Complete,
-            (Some(_), true) => Status::Failed,
-            (Some(_), false) => Status::Partial,
+            (Some(_), true) => Status::Partial,
+            (Some(_), false) => Status::Failed,
         };
         Manifest {
             schema: manifest::SCHEMA.to_owned(),
@@ -172,6 +174,7 @@ impl Story<'_> {
             attachments: Vec::new(),
             footprint: self.footprint(),
             changes_made: self.changes(),
+            disturbances: self.disturbances.clone(),
             caveats: self.caveats(),
             limitations: limitations(),
             warnings: self.warnings.clone(),
@@ -432,41 +435,78 @@ fn host() -> Host {
     }
 }
 
-/// QEMU's arguments for the record. Passwords can stand in `password=` and `secret` objects.
+/// What stands in for a secret.
+const HIDDEN: &str = "(not recorded)";
+
+/// Keys whose values are secrets wherever they stand.
+const SECRET_KEYS: [&str; 6] = ["password", "passwd", "key", "cookie", "cookie-secret", "secret"];
+
+/// QEMU's arguments for the record, without the secrets in them.
 fn redacted(argv: &[Vec<u8>]) -> Vec<String> {
-    argv.iter()
-        .map(|arg| {
-            let text = String::from_utf8_lossy(arg);
-            let parts: Vec<String> = text
-                .split(',')
-                .map(|part| match part.split_once('=') {
-                    Some((key @ ("password" | "data"), _)) if is_secret(key, &text) => {
-                        format!("{key}=(not recorded)")
-                    }
-                    _ => part.to_owned(),
-                })
-                .collect();
-            parts.join(",")
-        })
-        .collect()
+    argv.iter().map(|arg| redacted_argument(&String::from_utf8_lossy(arg))).collect()
 }
 
-/// `password` anywhere; `data` only in `-object secret,...`, where it is the secret itself.
-fn is_secret(key: &str, argument: &str) -> bool {
-    key == "password" || argument.starts_with("secret")
-}
-
-/// How far the two reads of the blocks agreed: pages known in the second read of a block that was
-/// read twice.
-fn stable(cells: &[Cell]) -> Option<Stable> {
-    let mut equal = 0u64;
-    let mut changed = 0u64;
-    for cell in cells.iter().filter(|cell| cell.earlier.is_some()) {
-        let pages = u64::try_from(cell.states.len()).unwrap_or(u64::MAX);
-        let differ = changed_pages(cell);
-        changed = changed.saturating_add(differ);
-        equal = equal.saturating_add(pages.saturating_sub(differ));
+fn redacted_argument(text: &str) -> String {
+    if text.starts_with('{')
+        && let Ok(mut value) = serde_json::from_str::<Value>(text)
+    {
+        redact_json(&mut value);
+        return value.to_string();
     }
+    // `-object secret,data=..`: there `data` is the secret itself. `,,` is a comma in a value.
+    let is_secret_object = text.starts_with("secret") || text.contains("qom-type=secret");
+    let parts: Vec<String> = text
+        .replace(",,", "\0")
+        .split(',')
+        .map(|part| match part.split_once('=') {
+            Some((key, _)) if is_secret_key(key) || (is_secret_object && key == "data") => {
+                format!("{key}={HIDDEN}")
+            }
+            _ => without_user_info(part),
+        })
+        .collect();
+    parts.join(",").replace('\0', ",,")
+}
+
+fn is_secret_key(key: &str) -> bool {
+    // `file.password`, `tls.key`: what counts is the last part of a dotted key.
+    let last = key.rsplit('.').next().unwrap_or(key);
+    SECRET_KEYS.contains(&last)
+}
+
+fn redact_json(value: &mut Value) {
+    match value {
+        Value::Object(object) => {
+            let is_secret = object.get("qom-type").and_then(Value::as_str) == Some("secret");
+            for (key, value) in object {
+                if value.is_string() && (is_secret_key(key) || (is_secret && key == "data")) {
+                    *value = HIDDEN.into();
+                } else {
+                    redact_json(value);
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(redact_json),
+        Value::String(text) => *text = without_user_info(text),
+        _ => {}
+    }
+}
+
+/// `https://user:pass@host/` without what stands before the `@`.
+fn without_user_info(text: &str) -> String {
+    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
+    let host_end = rest.find('/').unwrap_or(rest.len());
+    match rest.get(..host_end).and_then(|authority| authority.rfind('@')) {
+        Some(at) => format!("{scheme}://{HIDDEN}{}", rest.get(at..).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
+/// How far the two reads of the blocks agreed: pages whose bytes were read both times.
+fn stable(cells: &[Cell]) -> Option<Stable> {
+    let records = cells.iter().filter(|cell| cell.earlier.is_some()).map(crate::seal::record);
+    let counts = records.map(|record| (record.pages_equal(), record.pages_changed()));
+    let (equal, changed) = counts.fold((0u64, 0u64), |sum, one| (sum.0 + one.0, sum.1 + one.1));
     Stable::new(equal, changed)
 }
 
@@ -509,6 +549,12 @@ mod tests {
             "port=1,password=hunter2",
             "-drive",
             "file=data=x,if=virtio",
+            r#"{"qom-type":"secret","id":"s1","data":"hunter2"}"#,
+            r#"{"driver":"https","url":"https://me:hunter2@host/a"}"#,
+            "id=s0,qom-type=secret,data=hunter2",
+            "password=a,,hunter2,port=1",
+            "file=https://me:hunter2@host/disk,format=raw",
+            "driver=rbd,file.key=hunter2",
         ];
         let argv: Vec<Vec<u8>> = argv.iter().map(|arg| arg.as_bytes().to_vec()).collect();
         let text = redacted(&argv).join(" ");

@@ -24,15 +24,6 @@ use std::time::{Duration, Instant};
 /// Why sealing failed. The guest is not involved any more.
 #[derive(Debug, thiserror::Error)]
 pub enum SealError {
-    /// The store did not give a block.
-    #[error("cannot read the store at {at}")]
-    Store {
-        /// The block.
-        at: GuestRange,
-        /// What the system said.
-        #[source]
-        cause: io::Error,
-    },
     /// The image did not take bytes.
     #[error("cannot write the image at {at}")]
     Image {
@@ -94,10 +85,16 @@ pub fn blocks(
 ) -> Result<(), Cut<SealError>> {
     copy::each(cells, setting, |cell, scratch| {
         let (bytes, _, _) = scratch.parts(cell.block);
-        store.get(cell.block, bytes).map_err(|cause| SealError::Store { at: cell.block, cause })?;
+        if store.get(cell.block, bytes).is_err() {
+            // What the store does not give back is lost, and the rest is not.
+            bytes.fill(0);
+            cell.states.fill(PageState::Unreadable);
+        }
         note_zeros(cell, bytes);
         cell.digest = sha256(bytes);
-        write(cell, bytes, image).map_err(|cause| SealError::Image { at: cell.block, cause })
+        write(cell, bytes, image).map_err(|cause| SealError::Image { at: cell.block, cause })?;
+        cell.sealed = true;
+        Ok(())
     })
 }
 
@@ -139,7 +136,7 @@ fn write(cell: &Cell, bytes: &[u8], image: &Image<'_>) -> io::Result<()> {
     // Space was set aside for the whole block; what holds no data is given back.
     for hole in between(&data, bytes.len()) {
         if let Some(at) = at(&hole) {
-            file.punch(at)?;
+            file.release(at)?;
         }
     }
     Ok(())
@@ -281,7 +278,8 @@ pub fn records(cells: &[Cell], out: impl Write) -> Result<Records, SealError> {
     Ok(Records { count, sha256, len, memory_root: root.finish() })
 }
 
-fn record(cell: &Cell) -> BlockRecord {
+/// The record of a block.
+pub(crate) fn record(cell: &Cell) -> BlockRecord {
     BlockRecord {
         range: cell.block,
         runs: evidence::state::runs(&cell.states),

@@ -186,6 +186,9 @@ pub struct Manifest {
     pub footprint: Footprint,
     /// Every change that was made to the VM, QEMU or the host, and why.
     pub changes_made: Vec<Change>,
+    /// What happened during the acquisition that makes the image one of a machine that did not stay
+    /// itself, such as a reset: anything here counts as a loss.
+    pub disturbances: Vec<String>,
     /// What may weaken the class: devices that write past the tracking, events in the window.
     pub caveats: Vec<String>,
     /// What this record does not show. Always holds the sentence that the source was volatile.
@@ -380,7 +383,7 @@ pub struct Pass {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Stable {
-    /// Pages that were read twice and were equal.
+    /// Pages whose bytes were read twice and were equal. Holes are not read and do not count.
     pub pages_equal: u64,
     /// Pages that were read twice and differed: listed block by block in the block records.
     pub pages_changed: u64,
@@ -955,6 +958,7 @@ pub(crate) mod tests {
                 what: "a monitor connection".into(),
                 why: "the map comes from QEMU".into(),
             }],
+            disturbances: Vec::new(),
             caveats: vec![],
             limitations: vec![VOLATILE.into()],
             warnings: vec![],

@@ -260,6 +260,23 @@ impl BlockRecord {
         self.changed.iter().fold(0, |sum, run| sum + u64::from(run.1))
     }
 
+    /// Number of pages whose bytes were read both times and were the same; 0 without an earlier
+    /// read. Pages that nothing was read of, such as holes, do not count.
+    pub fn pages_equal(&self) -> u64 {
+        if self.earlier.is_none() {
+            return 0;
+        }
+        let changed = |page: u64| {
+            self.changed
+                .iter()
+                .any(|run| (u64::from(run.0)..u64::from(run.0) + u64::from(run.1)).contains(&page))
+        };
+        let read = |state| matches!(state, PageState::Data | PageState::Zero);
+        let equal =
+            (0u64..).zip(self.pages()).filter(|(page, (_, state))| read(*state) && !changed(*page));
+        u64::try_from(equal.count()).unwrap_or(u64::MAX)
+    }
+
     /// All times of the block: of the read in the image and of the earlier one.
     pub fn span(&self) -> Span {
         self.earlier.map_or(self.read, |earlier| earlier.join(self.read))

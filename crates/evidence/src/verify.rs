@@ -84,6 +84,8 @@ pub struct Verdict {
     /// The record says that the memory map afterwards was not the one before: the image is of a
     /// machine that changed, and counts as one with losses.
     pub map_changed: bool,
+    /// What the record says happened to the machine meanwhile, such as a reset; counts as losses.
+    pub disturbances: Vec<String>,
     /// Blocks whose bytes were compared with their digest.
     pub blocks_checked: u64,
 }
@@ -169,6 +171,7 @@ pub fn verify(dir: &dyn ExhibitDir, options: &Options<'_>) -> Result<Verdict, Ve
         status: manifest.as_ref().map(|m| m.status),
         lost: LostBytes::default(),
         map_changed: manifest.as_ref().is_some_and(|m| m.map_check.equal == Some(false)),
+        disturbances: manifest.as_ref().map(|m| m.disturbances.clone()).unwrap_or_default(),
         blocks_checked: 0,
     };
     let mut witnesses = Witnesses::new(sums, digest, manifest_ok);
@@ -181,7 +184,8 @@ pub fn verify(dir: &dyn ExhibitDir, options: &Options<'_>) -> Result<Verdict, Ve
     let (findings, more) = run.findings.finish();
     let lossy = verdict.status != Some(Status::Complete)
         || verdict.lost != LostBytes::default()
-        || verdict.map_changed;
+        || verdict.map_changed
+        || !verdict.disturbances.is_empty();
     verdict.outcome = match (findings.is_empty(), lossy) {
         (false, _) => Outcome::Altered,
         (true, true) => Outcome::Losses,

@@ -187,6 +187,21 @@ impl DiskStore {
         }
     }
 
+    /// As [`DiskStore::punch`], but what cannot be given back stays as it is: for ranges that read
+    /// as zeros already.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidInput`] when `range` is in no segment; the disk's.
+    pub fn release(&self, range: GuestRange) -> io::Result<()> {
+        let len = usize::try_from(range.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let offset = offset_of(&self.segments, range, len)?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, flags, offset, range.len()) {
+            Err(Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
     fn write_zeros(&self, range: GuestRange) -> io::Result<()> {
         let zeros = vec![0; BOUNCE.min(usize::try_from(range.len()).unwrap_or(BOUNCE))];
         let mut start = range.start();

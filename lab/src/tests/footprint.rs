@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use lab::{Backing, Doing, Guest, Lab, Result, failed, here, outer, proc, skipped};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use rustix::thread::disable_transparent_huge_pages;
 
 use super::exhibit::{STORES, take};
 
@@ -63,6 +64,24 @@ fn read_carelessly(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
+/// While it lives, this process and those that it starts get pages of 4 KiB only. Else khugepaged
+/// joins pages at its leisure, fills the gaps between them and tears merged ones apart: what it
+/// costs the host would look like the acquisition's.
+struct SmallPages;
+
+impl SmallPages {
+    fn only() -> Result<Self> {
+        disable_transparent_huge_pages(true)?;
+        Ok(Self)
+    }
+}
+
+impl Drop for SmallPages {
+    fn drop(&mut self) {
+        let _ = disable_transparent_huge_pages(false);
+    }
+}
+
 /// Waits until a blank guest's firmware has done its work: for a second it touches no more memory
 /// and leaves the map as it is.
 pub(super) fn settle(guest: &mut Guest) -> Result<()> {
@@ -78,6 +97,7 @@ pub(super) fn settle(guest: &mut Guest) -> Result<()> {
 }
 
 fn an_untouched_memfd_guest_stays_untouched(lab: &Lab) -> Result<()> {
+    let _small = SmallPages::only()?;
     let mut guest = lab.guest().blank().memory_mib(512).backing(Backing::Memfd).boot()?;
     settle(&mut guest)?;
     let before = Held::of(&guest)?;
@@ -94,6 +114,7 @@ fn an_untouched_memfd_guest_stays_untouched(lab: &Lab) -> Result<()> {
 }
 
 fn an_untouched_anonymous_guest_stays_untouched(lab: &Lab) -> Result<()> {
+    let _small = SmallPages::only()?;
     let mut guest = lab.guest().blank().memory_mib(512).boot()?;
     settle(&mut guest)?;
     let before = Held::of(&guest)?;
@@ -180,11 +201,11 @@ impl Drop for Ksm {
 }
 
 /// The same so many MiB are in the guest three times.
-const MERGED_MIB: u64 = 32;
+const MERGED_MIB: u64 = 24;
 
 /// A stopped guest whose equal pages are merged.
 fn merged_guest(lab: &Lab) -> Result<Guest> {
-    let mut guest = lab.guest().memory_mib(192).boot()?;
+    let mut guest = lab.guest().memory_mib(160).boot()?;
     for _ in 0..3 {
         guest.plant_noise(MERGED_MIB, 7)?;
     }
@@ -200,7 +221,7 @@ fn pss(guest: &Guest) -> Result<u64> {
 }
 
 fn merged_pages_stay_merged(lab: &Lab) -> Result<()> {
-    let ksm = Ksm::start()?;
+    let (ksm, _small) = (Ksm::start()?, SmallPages::only()?);
     let mut guest = merged_guest(lab)?;
     // With ksmd at work, then with ksmd asleep, so that it cannot merge again what was torn.
     for (run, store) in ["1", "0"].into_iter().zip(STORES) {
@@ -219,7 +240,7 @@ fn merged_pages_stay_merged(lab: &Lab) -> Result<()> {
 }
 
 fn merged_pages_stay_merged_on_a_kvm_host(lab: &Lab) -> Result<()> {
-    let ksm = Ksm::start()?;
+    let (ksm, _small) = (Ksm::start()?, SmallPages::only()?);
     let guest = merged_guest(lab)?;
     Ksm::set("run", "0")?;
     let host = || proc::meminfo_kib("MemAvailable");

@@ -141,9 +141,15 @@ pub fn live(
 
 /// Reads a block for the first time. The store holds zeros until then, so only data is put.
 fn first(work: &Work<'_>, cell: &mut Cell, scratch: &mut Scratch) -> Result<(), PassError> {
-    let (new, _, states) = scratch.parts(cell.block);
+    let (new, old, states) = scratch.parts(cell.block);
     let span = work.read(cell.block, new, states)?;
-    put(work.store, cell.block, new, |page| states.get(page) == Some(&PageState::Data))?;
+    let is_data = |page: usize| states.get(page) == Some(&PageState::Data);
+    if let Err(error) = put(work.store, cell.block, new, is_data) {
+        // A block that is not wholly there is not there: what was put of it becomes zeros again.
+        old.fill(0);
+        let _ = put(work.store, cell.block, old, is_data);
+        return Err(error);
+    }
     cell.states.copy_from_slice(states);
     cell.stored = span;
     cell.pass = 1;
@@ -162,8 +168,14 @@ fn again(
     work.store.get(cell.block, old).map_err(|cause| PassError::Store { at: cell.block, cause })?;
     if new != old {
         let changed = differences(cell.block, new, old);
+        if let Err(error) = put(work.store, cell.block, new, |page| bit(&changed, page)) {
+            // The block stays what the pass before read, whole; its space is already held.
+            if put(work.store, cell.block, old, |page| bit(&changed, page)).is_err() {
+                cell.pass = 0;
+            }
+            return Err(error);
+        }
         cell.first = Some(Box::new(sha256(old)));
-        put(work.store, cell.block, new, |page| bit(&changed, page))?;
         cell.changed = Some(Box::new(changed));
     }
     cell.states.copy_from_slice(states);

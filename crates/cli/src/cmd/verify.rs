@@ -101,6 +101,7 @@ fn print(verdict: &Verdict) {
             lines.push(format!("lost      {} {what}", size(bytes)));
         }
     }
+    lines.extend(verdict.disturbances.iter().map(|text| format!("meanwhile {}", safe(text))));
     if verdict.map_changed {
         lines.push(
             "map       changed during the acquisition, see the manifest's caveats".to_owned(),

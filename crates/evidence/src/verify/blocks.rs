@@ -9,7 +9,7 @@ use crate::format::elf::Arch;
 use crate::format::{self, FormatError};
 use crate::manifest::{BlocksFile, Image, LossKind, Manifest, Stable, StateBytes, Status};
 use crate::record::{RecordError, RecordReader};
-use crate::state::{PAGE, page_count};
+use crate::state::PAGE;
 use crate::{BLOCK_LEN, Block, BlockRecord, PageState, Segments, block};
 use std::io::{self, SeekFrom};
 use std::ops::Range;
@@ -368,10 +368,8 @@ impl Feed {
             self.states.add(state, range.len());
         }
         if record.earlier.is_some() {
-            let changed = record.pages_changed();
-            let equal = page_count(record.range).saturating_sub(changed);
-            self.pages_changed = self.pages_changed.saturating_add(changed);
-            self.pages_equal = self.pages_equal.saturating_add(equal);
+            self.pages_changed = self.pages_changed.saturating_add(record.pages_changed());
+            self.pages_equal = self.pages_equal.saturating_add(record.pages_equal());
         }
         if self.window.is_some_and(|window| !window.covers(record.span())) {
             self.problem(record.range, "was read outside the window");
