@@ -26,7 +26,7 @@ static BASES: LazyLock<Vec<(MemoryExhibit, Outcome)>> = LazyLock::new(|| {
         (Recipe { file_digest: false, added_later: true, ..recipe }, Outcome::Intact),
         (Recipe { status: Status::Partial, losses: true, ..recipe }, Outcome::Losses),
         (Recipe { format: Format::Elf, file_digest: false, ..recipe }, Outcome::Intact),
-        (Recipe { format: Format::Raw, ..recipe }, Outcome::Intact),
+        (Recipe { format: Format::Raw, file_digest: false, ..recipe }, Outcome::Intact),
     ];
     let build = |(recipe, outcome)| (small(recipe).expect("a small exhibit"), outcome);
     recipes.into_iter().map(build).collect()
@@ -38,7 +38,7 @@ pub fn edits(data: &[u8]) {
     let [base, flags] = take(&mut rest);
     // ELF and raw images are megabytes long, and slow.
     let number = match base {
-        0xf0.. => base % 2 + 3,
+        0xe0.. => base % 2 + 3,
         _ => base % 3,
     };
     let (base, expected) = &BASES[usize::from(number)];
@@ -183,6 +183,10 @@ fn swap_words(bytes: &mut Vec<u8>, at: usize, skip: u8) {
 /// One edit of each kind, to several files, with and without new digests.
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut out = vec![vec![0, 0], vec![1, 2], vec![2, 1], vec![0xf0, 0], vec![0xf1, 3]];
+    for file in 0..8u8 {
+        // Where neither memory nor a header lies.
+        out.extend([0xf0, 0xf1].map(|base| vec![base, 0, file, 0, 0, 0, 8, 0, 1, 0]));
+    }
     for what in 0..10u8 {
         for file in 0..8u8 {
             out.push(vec![

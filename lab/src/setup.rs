@@ -13,11 +13,13 @@ use crate::kit::{self, Kit, Version};
 use crate::{initramfs, outer};
 
 /// Programs that must be on the machine, and the Debian packages that bring them.
-const NEEDED: [(&str, &str); 6] = [
+const NEEDED: [(&str, &str); 7] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
     ("/usr/lib/python3/dist-packages/venv-is-here", "python3-venv"),
     ("/usr/bin/cc", "build-essential"),
+    // LLVM's fuzzer is built from its C++ sources.
+    ("/usr/bin/g++", "g++"),
     ("/usr/bin/dpkg-deb", "dpkg"),
     ("/usr/bin/setpriv", "util-linux"),
 ];
