@@ -34,14 +34,14 @@ pub(super) fn take(lab: &Lab, guest: &Guest, flags: &[&str]) -> Result<Exhibit> 
     let mut args = vec!["acquire", &vm, "--method", "live", "--json", "-o"];
     args.push(out.to_str().unwrap_or_default());
     args.extend(flags);
-    let t=std::time::Instant::now(); let run = lab.tool(&args)?.expect_code(0)?; println!("DBG acquire {:?}", t.elapsed());
+    let run = lab.tool(&args)?.expect_code(0)?;
     let last = run.stdout.lines().last().unwrap_or_default();
     let done: Value = serde_json::from_str(last).doing("the last line of --json")?;
     let dir = done["exhibit"].as_str().ok_or_else(|| failed(format_args!("done is {done}")))?;
     let exhibit = Exhibit::open(Path::new(dir))?;
     assert_eq!((&done["event"], exhibit.dir.parent()), (&Value::from("done"), Some(&*out)));
-    lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;println!("DBG verify {:?}", t.elapsed());
-    exhibit.assert_sums()?;println!("DBG sums {:?}", t.elapsed());
+    lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
+    exhibit.assert_sums()?;
     exhibit.assert_sound()?;
     Ok(exhibit)
 }
