@@ -201,11 +201,11 @@ impl Drop for Ksm {
 }
 
 /// The same so many MiB are in the guest three times.
-const MERGED_MIB: u64 = 24;
+const MERGED_MIB: u64 = 32;
 
 /// A stopped guest whose equal pages are merged.
 fn merged_guest(lab: &Lab) -> Result<Guest> {
-    let mut guest = lab.guest().memory_mib(160).boot()?;
+    let mut guest = lab.guest().memory_mib(192).boot()?;
     for _ in 0..3 {
         guest.plant_noise(MERGED_MIB, 7)?;
     }
@@ -214,11 +214,15 @@ fn merged_guest(lab: &Lab) -> Result<Guest> {
     Ok(guest)
 }
 
-/// The process's share of the host's memory: a page merged from three counts once. (The count of
-/// merged pages follows only when ksmd comes by again.)
+/// The process's share of the host's anonymous memory in KiB: a page merged from three counts
+/// once. (The kernel's count of merged pages follows only when ksmd comes by again.)
 fn pss(guest: &Guest) -> Result<u64> {
-    proc::number_in(Path::new(&format!("/proc/{}/smaps_rollup", guest.pid())), "Pss")
+    let file = format!("/proc/{}/smaps_rollup", guest.pid());
+    proc::number_in(Path::new(&file), "Pss_Anon")
 }
+
+/// What it costs the host in KiB when the copies in [`merged_guest`] are torn apart.
+const TORN_KIB: u64 = MERGED_MIB << 11;
 
 fn merged_pages_stay_merged(lab: &Lab) -> Result<()> {
     let (ksm, _small) = (Ksm::start()?, SmallPages::only()?);
@@ -229,30 +233,37 @@ fn merged_pages_stay_merged(lab: &Lab) -> Result<()> {
         let before = pss(&guest)?;
         take(lab, &guest, &["--store", store])?;
         let after = pss(&guest)?;
-        assert!(rise(before, after) <= 1, "ksmd {run}: Pss was {before} KiB, is {after} KiB");
+        // Guests of others may share pages with it too, and end meanwhile.
+        assert!(after < before + TORN_KIB / 8, "ksmd {run}: {before} KiB, then {after}");
     }
     let before = pss(&guest)?;
     read_by_process_vm(&mut guest)?;
     let control = pss(&guest)?;
-    assert!(control > before + (MERGED_MIB << 10), "{before} {control}");
+    assert!(control > before + TORN_KIB / 8 * 7, "{before} KiB, then {control}");
     drop(ksm);
     guest.finish()
 }
 
+/// Debian's 6.1 does not tear pages apart for a reader, newer kernels do: so the control is KSM's
+/// own way to take a merge back.
 fn merged_pages_stay_merged_on_a_kvm_host(lab: &Lab) -> Result<()> {
     let (ksm, _small) = (Ksm::start()?, SmallPages::only()?);
     let guest = merged_guest(lab)?;
     Ksm::set("run", "0")?;
-    let host = || proc::meminfo_kib("MemAvailable");
-    let before = (pss(&guest)?, host()?);
+    let figures = || Ok::<_, lab::Failure>((pss(&guest)?, proc::meminfo_kib("MemAvailable")?));
+    let before = figures()?;
     for store in STORES {
         take(lab, &guest, &["--store", store])?.remove()?;
-        let after = (pss(&guest)?, host()?);
-        assert!(rise(before.0, after.0) <= 1, "{store}: {before:?} {after:?} KiB");
-        // Un-merged, the copies would take two times MERGED_MIB.
-        assert!(after.1 + (MERGED_MIB << 9) > before.1, "{store}: {before:?} {after:?} KiB");
+        let after = figures()?;
+        assert!(rise(before.0, after.0) <= 1, "{store}: {before:?} KiB, then {after:?}");
+        // The rest of the host takes and gives some 16 MiB.
+        assert!(after.1 + TORN_KIB / 2 > before.1, "{store}: {before:?} KiB, then {after:?}");
     }
+    let before = figures()?;
     drop(ksm);
+    let control = figures()?;
+    assert!(control.0 > before.0 + TORN_KIB / 8 * 7, "{before:?} KiB, then {control:?}");
+    assert!(control.1 + TORN_KIB / 2 < before.1, "{before:?} KiB, then {control:?}");
     guest.finish()
 }
 

@@ -160,6 +160,9 @@ fn pages_lie_at_their_frame_number_in_every_format(lab: &Lab) -> Result<()> {
         let above = found.iter().filter(|&&pfn| pfn >= 1 << 20).count();
         assert_eq!(u64::try_from(found.len())?, planted, "{format}");
         assert!(above > 1000 && found.len() - above > 1000, "{format}: {above} above the hole");
+        if format == "raw" {
+            exhibit.assert_raw_sum()?;
+        }
         exhibit.remove()?;
     }
     guest.finish()
