@@ -321,6 +321,8 @@ fn blank_manifest() -> Result<Manifest> {
         class: Class::None,
         method: Method::Live,
         tau: None,
+        hold: None,
+        audit: None,
         case: Case { number: Some("2026-117".into()), ..Case::default() },
         operator: Operator {
             uid: 0,
@@ -348,6 +350,7 @@ fn blank_manifest() -> Result<Manifest> {
             exe_sha256: None,
             argv: vec!["stillframe".into(), "acquire".into(), "web-07".into()],
         },
+        processes: Vec::new(),
         host: Host {
             hostname: "host-1".into(),
             kernel: "6.1.0".into(),

@@ -1,7 +1,7 @@
 //! The one loop: workers take blocks, each works on its own, nothing is queued.
 //!
 //! Capture passes, sealing and whatever reads the store again are all this loop with another
-//! piece of work. A worker owns the cell that it took, so results need no lock and no order;
+//! piece of work. A worker owns the item that it took, so results need no lock and no order;
 //! what is ordered (the block records) is written afterwards from the cells.
 
 use crate::event::{Event, Observer, Phase};
@@ -10,7 +10,7 @@ use evidence::block::{BLOCK_BYTES, BLOCK_PAGES, Block, TooManyBlocks, index};
 use evidence::digest::Digest;
 use evidence::record::Span;
 use evidence::state::page_count;
-use evidence::{MemoryMap, PageState};
+use evidence::{MemoryMap, PAGE, PageState};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -49,7 +49,14 @@ pub struct Cell {
 pub fn cells(map: &MemoryMap) -> Result<Vec<Cell>, TooManyBlocks> {
     Ok(evidence::block::cut(map)?
         .into_iter()
-        .map(|block| Cell {
+        .map(Cell::new)
+        .collect())
+}
+
+impl Cell {
+    /// A block of which nothing is known.
+    pub fn new(block: Block) -> Self {
+        Self {
             block,
             states: vec![PageState::Hole; index(page_count(block))].into(),
             stored: Span { t0_ns: 0, t1_ns: 0 },
@@ -59,8 +66,8 @@ pub fn cells(map: &MemoryMap) -> Result<Vec<Cell>, TooManyBlocks> {
             changed: None,
             digest: Digest::ZERO,
             sealed: false,
-        })
-        .collect())
+        }
+    }
 }
 
 /// Buffers of one worker: two blocks, so that a read can be compared with the one before.
@@ -70,9 +77,21 @@ pub struct Scratch {
     states: Box<[PageState]>,
 }
 
+/// Number of 4 KiB cells that `len` bytes touch at most.
+pub fn pages_of(len: u64) -> usize {
+    index(len.div_ceil(PAGE) + 1)
+}
+
 impl Scratch {
+    /// For `workers` workers. Every byte is written once: no memory is taken later, when the guest
+    /// may be held.
+    pub fn for_workers(workers: usize) -> Vec<Self> {
+        (0..workers.max(1)).map(|_| Self::new()).collect()
+    }
+
     fn new() -> Self {
-        let bytes = || vec![0u8; BLOCK_BYTES].into_boxed_slice();
+        // Not 0, for which the kernel would give no memory yet.
+        let bytes = || vec![1u8; BLOCK_BYTES].into_boxed_slice();
         Self { new: bytes(), old: bytes(), states: vec![PageState::Hole; BLOCK_PAGES].into() }
     }
 
@@ -83,14 +102,14 @@ impl Scratch {
     }
 }
 
-/// How the loop runs.
+/// How the loop runs: one worker for each scratch that it is given.
 pub struct Setting<'a> {
-    /// Worker threads, at least one.
-    pub workers: usize,
     /// Bytes per second that all workers together may take; `None`: no limit.
     pub max_rate: Option<u64>,
-    /// Asked between two blocks.
+    /// Asked between two items.
     pub stop: &'a Stop,
+    /// When the loop ends, done or not: looked at between two items.
+    pub until: Option<Instant>,
     /// Told how far the loop is, five times a second.
     pub observer: &'a dyn Observer,
     /// The phase that progress is told of.
@@ -104,39 +123,56 @@ pub struct Setting<'a> {
 pub enum Cut<E> {
     /// The operator asked.
     Stopped,
+    /// [`Setting::until`] was reached.
+    Late,
     /// A worker failed; the first failure is kept.
     Failed(E),
 }
 
-/// Runs `work` on every cell.
+/// Something that the loop takes: it has a length.
+pub trait Item: Send {
+    /// Bytes, for rate and progress.
+    fn bytes(&self) -> u64;
+}
+
+impl Item for Cell {
+    fn bytes(&self) -> u64 {
+        self.block.len()
+    }
+}
+
+/// Runs `work` on every item.
 ///
 /// # Errors
-/// [`Cut`]; cells that were worked on stay as the work left them.
-pub fn each<E: Send>(
-    cells: &mut [Cell],
+/// [`Cut`]; items that were worked on stay as the work left them.
+pub fn each<T: Item, E: Send>(
+    items: &mut [T],
     setting: &Setting<'_>,
-    work: impl Fn(&mut Cell, &mut Scratch) -> Result<(), E> + Sync,
+    scratches: &mut [Scratch],
+    work: impl Fn(&mut T, &mut Scratch) -> Result<(), E> + Sync,
 ) -> Result<(), Cut<E>> {
-    let total = cells.iter().fold(0u64, |sum, cell| sum.saturating_add(cell.block.len()));
-    let queue = Mutex::new(cells.iter_mut());
+    let total = items.iter().fold(0u64, |sum, item| sum.saturating_add(item.bytes()));
+    let queue = Mutex::new(items.iter_mut());
     let failure: Mutex<Option<E>> = Mutex::new(None);
     let pace = Pace::new(setting.max_rate);
     let done = AtomicU64::new(0);
     let teller = Teller::new(setting, total);
+    let late = || setting.until.is_some_and(|until| Instant::now() >= until);
     teller.tell(0);
+    let (work, ends) = (&work, || setting.stop.asked() || late() || lock(&failure).is_some());
     thread::scope(|scope| {
-        for _ in 0..setting.workers.max(1) {
+        for scratch in scratches {
             scope.spawn(|| {
-                let mut scratch = Scratch::new();
-                while !setting.stop.asked() && lock(&failure).is_none() {
-                    let Some(cell) = lock(&queue).next() else { break };
-                    pace.wait(cell.block.len(), setting.stop);
-                    if let Err(error) = work(cell, &mut scratch) {
+                while !ends() {
+                    let Some(item) = lock(&queue).next() else { break };
+                    pace.wait(item.bytes(), &ends);
+                    let bytes = item.bytes();
+                    if let Err(error) = work(item, scratch) {
                         lock(&failure).get_or_insert(error);
                         break;
                     }
-                    let now = done.fetch_add(cell.block.len(), Ordering::Relaxed);
-                    teller.tell_sometimes(now + cell.block.len());
+                    let now = done.fetch_add(bytes, Ordering::Relaxed);
+                    teller.tell_sometimes(now + bytes);
                 }
             });
         }
@@ -146,7 +182,11 @@ pub fn each<E: Send>(
     }
     let finished = done.load(Ordering::Relaxed);
     teller.tell(finished);
-    if finished < total { Err(Cut::Stopped) } else { Ok(()) }
+    match finished < total {
+        true if setting.stop.asked() => Err(Cut::Stopped),
+        true => Err(Cut::Late),
+        false => Ok(()),
+    }
 }
 
 /// A lock whose holder cannot leave it broken: every critical section here is one assignment.
@@ -167,14 +207,14 @@ impl Pace {
     }
 
     /// Returns when `bytes` more may be read, or when the run shall end.
-    fn wait(&self, bytes: u64, stop: &Stop) {
+    fn wait(&self, bytes: u64, ends: impl Fn() -> bool) {
         let Some(rate) = self.rate else { return };
         let before = self.granted.fetch_add(bytes, Ordering::Relaxed);
         #[expect(clippy::cast_precision_loss, reason = "a pause, not a record")]
         let due = self.began + Duration::from_secs_f64(before as f64 / rate.max(1) as f64);
-        while !stop.asked() {
+        while !ends() {
             let Some(left) = due.checked_duration_since(Instant::now()) else { return };
-            thread::sleep(left.min(Duration::from_millis(50)));
+            thread::sleep(left.min(Duration::from_millis(10)));
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Everything here comes from /proc: no monitor is opened, so looking leaves no trace in QEMU.
 
+use crate::monitor::Whom;
 use host::Process;
 use host::process;
 use host::process::Fd;
@@ -47,6 +48,19 @@ pub struct Target {
     pub cmdline: CommandLine,
     /// Sockets to try, in order.
     pub sockets: Vec<PathBuf>,
+}
+
+impl Target {
+    /// Where it may be asked.
+    pub fn whom(&self) -> Whom {
+        Whom {
+            name: self.row.name.clone(),
+            pid: self.row.pid,
+            sockets: self.sockets.clone(),
+            accelerator: self.row.accelerator.clone(),
+            confidential: self.cmdline.confidential.clone(),
+        }
+    }
 }
 
 /// How long a socket named by the operator may take to be connected: its queue can be full.

@@ -1,5 +1,6 @@
 //! The journal while it is written: kept in memory until the exhibit has a place, then a file.
 
+use crate::monitor::Note;
 use evidence::digest::Digest;
 use evidence::journal::{AppendError, Journal};
 use serde::Serialize;
@@ -37,10 +38,13 @@ struct Inner {
     failure: Option<AppendError>,
 }
 
-/// Every action with its time. Cheap to clone: the QMP client writes its own lines.
+/// Every action with its time. Nothing is added while the guest is held: a line may have to wait
+/// for a disk. Cheap to clone: the QMP client writes its own lines.
 #[derive(Clone)]
 pub struct Log {
     origin: Instant,
+    /// The same by CLOCK_MONOTONIC, which other processes have too.
+    origin_ns: u64,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -57,7 +61,9 @@ impl Log {
     /// Begins at `origin`, in memory.
     pub fn begin(origin: Instant) -> Self {
         let journal = Journal::new(Sink::Memory(Vec::new()));
-        Self { origin, inner: Arc::new(Mutex::new(Inner { journal, failure: None })) }
+        let since = u64::try_from(origin.elapsed().as_nanos()).unwrap_or(0);
+        let origin_ns = host::clock::monotonic_ns().saturating_sub(since);
+        Self { origin, origin_ns, inner: Arc::new(Mutex::new(Inner { journal, failure: None })) }
     }
 
     /// The beginning of the acquisition.
@@ -68,6 +74,16 @@ impl Log {
     /// Nanoseconds since the beginning.
     pub fn now_ns(&self) -> u64 {
         u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Nanoseconds since the beginning at a time of CLOCK_MONOTONIC.
+    pub fn since_ns(&self, monotonic_ns: u64) -> u64 {
+        monotonic_ns.saturating_sub(self.origin_ns)
+    }
+
+    /// CLOCK_MONOTONIC at the beginning, in nanoseconds.
+    pub fn origin_ns(&self) -> u64 {
+        self.origin_ns
     }
 
     /// Writes what was kept to `file` and goes on there.
@@ -86,14 +102,24 @@ impl Log {
 
     /// Adds a line. A line that cannot be written is remembered: [`Log::close`] fails then.
     pub fn add(&self, what: &str, data: impl Serialize) {
+        self.append(self.now_ns(), &host::clock::utc(), what, data);
+    }
+
+    /// Adds lines of another process, with its times.
+    pub fn add_notes(&self, notes: Vec<Note>) {
+        for note in notes {
+            self.append(self.since_ns(note.monotonic_ns), &note.utc, &note.what, note.data);
+        }
+    }
+
+    fn append(&self, mono_ns: u64, utc: &str, what: &str, data: impl Serialize) {
         let data = match serde_json::to_value(data) {
             Ok(Value::Object(object)) => object,
             Ok(other) => Map::from_iter([("value".to_owned(), other)]),
             Err(error) => Map::from_iter([("error".to_owned(), Value::from(error.to_string()))]),
         };
-        let (now, utc) = (self.now_ns(), host::clock::utc());
         let mut inner = self.lock();
-        if let Err(error) = inner.journal.append(now, &utc, what, data) {
+        if let Err(error) = inner.journal.append(mono_ns, utc, what, data) {
             inner.failure.get_or_insert(error);
         }
     }

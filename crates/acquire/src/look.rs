@@ -4,13 +4,12 @@ use crate::event::{Event, Observer};
 use crate::find::{self, Row, Target};
 use crate::log::Log;
 use crate::map::{self, Located};
-use crate::plan::{self, Facts, OutputFacts, Plan, Refusal};
-use crate::record::VmFacts;
-use crate::{Failure, Request, draft, monitor};
+use crate::monitor::{Asked, AskedAgain, Monitor, Notes, VmFacts};
+use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal};
+use crate::{Failure, Request, draft, speed};
 use evidence::format::{self, Arch, Format};
 use evidence::{GuestRange, MemoryMap};
 use host::{GuestMemory, RamStore};
-use qemu::Qmp;
 use serde_json::json;
 use std::path::Path;
 use std::time::Instant;
@@ -31,8 +30,6 @@ pub struct Looked {
     pub resident: Vec<GuestRange>,
     /// What the operator should know.
     pub warnings: Vec<String>,
-    /// Until the second look: others may want the monitor afterwards.
-    qmp: Option<Qmp>,
 }
 
 /// A second look, after the last read.
@@ -69,37 +66,37 @@ impl Surveyed {
     }
 }
 
-/// Looks and decides, and leaves it at that.
+/// Looks and decides, and leaves it at that. Reads a sample of guest memory to know how long a
+/// hold would last, and keeps nothing of it.
 ///
 /// # Errors
 /// [`Failure`] when the VM cannot be looked at.
 pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
-    let looked = look(request, &Log::begin(Instant::now()))?;
+    let target = find::one(&request.vm)?;
+    let whom = target.whom();
+    let asked = Monitor::open(&whom, &Notes::default())?.look(&whom)?;
+    let looked = look(request, target, asked, &Log::begin(Instant::now()))?;
     let decision = plan::choose(&looked.facts, &request.wish);
     Ok(Surveyed { row: looked.target.row, facts: looked.facts, map: looked.located.map, decision })
 }
 
-/// Finds the VM and maps its memory. Queries only.
+/// Maps the VM's memory by what QEMU `asked` said, and gathers what the decision rests on.
 ///
 /// # Errors
 /// [`Failure`].
-pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
-    log.add(
-        "begin",
-        json!({ "tool": "stillframe", "version": env!("CARGO_PKG_VERSION"),
-                             "vm": request.vm }),
-    );
-    let target = find::one(&request.vm)?;
-    log.add("found", &target.row);
-    let (mut qmp, skipped) = monitor::open(&target, log)?;
+pub fn look(
+    request: &Request,
+    target: Target,
+    asked: Asked,
+    log: &Log,
+) -> Result<Looked, Failure> {
     let mut warnings: Vec<String> =
-        skipped.into_iter().map(|text| format!("monitor skipped: {text}")).collect();
-    let (vm, confidential, migration) = ask(&mut qmp, &target)?;
-    if let Some(what) = confidential.or_else(|| target.cmdline.confidential.clone()) {
-        let facts = Facts { confidential: Some(what), ..Facts::default() };
+        asked.skipped.iter().map(|text| format!("monitor skipped: {text}")).collect();
+    let Some(view) = asked.view else {
+        let facts = Facts { confidential: asked.confidential, ..Facts::default() };
         return Err(Failure::Refused(refusal_of(&facts, request)));
-    }
-    let (located, memory) = map::locate(&mut qmp, &target.process)?;
+    };
+    let (located, memory) = map::locate(view, &target.process)?;
     let blocks = evidence::block::cut(&located.map).map_err(|error| {
         Failure::Refused(Refusal {
             reason: error.to_string(),
@@ -108,7 +105,8 @@ pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
         })
     })?;
     let resident = memory.resident(&blocks)?;
-    let facts = facts(request, &target, &vm, migration, &located, &memory, &resident)?;
+    let qemu = FromQemu { vm: &asked.vm, migration: asked.migration, watchdogs: asked.watchdogs };
+    let facts = facts(request, &target, qemu, &located, &memory, &resident)?;
     log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
     if memory.reads_around_ksm() {
         warnings.push(
@@ -116,7 +114,7 @@ pub fn look(request: &Request, log: &Log) -> Result<Looked, Failure> {
                 .to_owned(),
         );
     }
-    Ok(Looked { target, vm, located, memory, facts, resident, warnings, qmp: Some(qmp) })
+    Ok(Looked { target, vm: asked.vm, located, memory, facts, resident, warnings })
 }
 
 /// The refusal that `facts` lead to; they always do.
@@ -128,45 +126,17 @@ fn refusal_of(facts: &Facts, request: &Request) -> Refusal {
     })
 }
 
-/// What QEMU says of the VM, why its memory is hidden, and whether it is moving.
-fn ask(
-    qmp: &mut Qmp,
-    target: &Target,
-) -> Result<(VmFacts, Option<String>, Option<String>), Failure> {
-    let monitor = qmp.path().display().to_string();
-    let mut facts = qemu::facts::Facts::of(qmp, monitor::QUERY);
-    let version = facts.version()?;
-    let number = version.qemu;
-    let kvm = facts.kvm()?.enabled;
-    let nil = "00000000-0000-0000-0000-000000000000";
-    let vm = VmFacts {
-        qemu_version: format!(
-            "{}.{}.{} {}",
-            number.major, number.minor, number.micro, version.package
-        )
-        .trim_end()
-        .to_owned(),
-        machine: facts.machine_type()?,
-        name: facts.name()?,
-        uuid: Some(facts.uuid()?).filter(|uuid| uuid != nil),
-        arch: facts.arch()?,
-        cpus: u32::try_from(facts.cpus()?).unwrap_or(u32::MAX),
-        accelerator: if kvm { "kvm".to_owned() } else { target.row.accelerator.clone() },
-        run_state: facts.status()?.status,
-        monitor,
-    };
-    let under_way = ["setup", "active", "device", "pre-switchover", "wait-unplug", "colo"];
-    let migration = facts
-        .migration()?
-        .filter(|status| under_way.contains(&status.as_str()) || status.starts_with("postcopy"));
-    Ok((vm, facts.confidential()?, migration))
+/// What of QEMU's answers the decision rests on.
+struct FromQemu<'a> {
+    vm: &'a VmFacts,
+    migration: Option<String>,
+    watchdogs: Vec<String>,
 }
 
 fn facts(
     request: &Request,
     target: &Target,
-    vm: &VmFacts,
-    migration: Option<String>,
+    qemu: FromQemu<'_>,
     located: &Located,
     memory: &GuestMemory,
     resident: &[GuestRange],
@@ -185,9 +155,12 @@ fn facts(
         None => None,
     };
     Ok(Facts {
-        run_state: vm.run_state.clone(),
+        run_state: qemu.vm.run_state.clone(),
         confidential: None,
-        migration,
+        migration: qemu.migration,
+        watchdogs: qemu.watchdogs,
+        hold: hold_facts(target, memory, resident),
+        max_rate: request.max_rate,
         image_bytes: located.map.imaged_len(),
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
         reserve_bytes: resident.iter().map(|block| block.len()).sum(),
@@ -196,8 +169,19 @@ fn facts(
         ram_limit_bytes: limit.bytes,
         ram_limit_by: limit.bound.to_string(),
         output,
-        format_unfit: unfit(request, vm, &located.map),
+        format_unfit: unfit(request, qemu.vm, &located.map),
     })
+}
+
+/// Whether the VM's threads may be held, and how fast its memory is read.
+fn hold_facts(target: &Target, memory: &GuestMemory, resident: &[GuestRange]) -> HoldFacts {
+    let tracer = target.process.tracer().ok().flatten();
+    let threads = target.process.threads().map_or(0, |threads| threads.len());
+    HoldFacts {
+        traced_by: tracer,
+        threads: u32::try_from(threads).unwrap_or(u32::MAX),
+        speed: speed::measure(memory, resident, crate::cpus()),
+    }
 }
 
 /// Room on the output's filesystem, and whether the VM's disks lie on it too.
@@ -269,22 +253,18 @@ impl Looked {
         }
     }
 
-    /// The same look once more: the same process, the same monitor, the map taken anew. The monitor
-    /// is free for others then; a third look is an error.
+    /// The second look: the same process, and the map drawn anew from what QEMU said then.
     ///
     /// # Errors
     /// [`Failure`], also when the process is not the one that was found.
-    pub fn again(&mut self) -> Result<Again, Failure> {
+    pub fn again(&self, asked: AskedAgain) -> Result<Again, Failure> {
         let process = &self.target.process;
-        if !process.alive() || !process.still_same() {
+        if !process.still_same() {
             return Err(Failure::Host(host::HostError::Exited { pid: process.pid() }));
         }
         self.memory.check_mappings()?;
-        let mut qmp = self.qmp.take().ok_or(qemu::QmpError::Broken)?;
-        let (located, _) = map::locate(&mut qmp, process)?;
-        let run_state = qemu::facts::Facts::of(&mut qmp, monitor::QUERY).status()?.status;
-        let events = qmp.take_events().into_iter().map(|event| (event.name, event.data)).collect();
-        Ok(Again { located, run_state, events })
+        let (located, _) = map::locate(asked.view, process)?;
+        Ok(Again { located, run_state: asked.run_state, events: asked.events })
     }
 
     /// How each imaged region is read.

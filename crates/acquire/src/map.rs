@@ -3,8 +3,7 @@
 use evidence::MemoryMap;
 use evidence::map::MapError;
 use host::{GuestMemory, HostError, Place, Process};
-use qemu::view::ViewError;
-use qemu::{GuestView, Qmp};
+use qemu::GuestView;
 use std::fmt::Write as _;
 
 /// Where a guest's memory is: by QEMU's word, checked against the host's.
@@ -23,9 +22,6 @@ pub struct Located {
 /// Why there is no map that can be trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum LocateError {
-    /// QEMU's answers are not understood or contradict each other.
-    #[error("QEMU's map cannot be used")]
-    View(#[from] ViewError),
     /// The regions are not ascending and disjoint.
     #[error("QEMU's regions make no map")]
     Map(#[from] MapError),
@@ -57,12 +53,15 @@ pub enum LocateError {
     },
 }
 
-/// Asks QEMU, looks at the process, and joins both. Opens guest memory for reading; reads none.
+/// Looks at the process and joins what it shows with what QEMU said. Opens guest memory for
+/// reading; reads none.
 ///
 /// # Errors
 /// [`LocateError`] names both sides of every disagreement.
-pub fn locate(qmp: &mut Qmp, process: &Process) -> Result<(Located, GuestMemory), LocateError> {
-    let view = GuestView::take(qmp, crate::monitor::QUERY)?;
+pub fn locate(
+    view: GuestView,
+    process: &Process,
+) -> Result<(Located, GuestMemory), LocateError> {
     let places = places(&view)?;
     let memory = GuestMemory::open(process, &places)?;
     let map = join(&view, &memory)?;

@@ -1,11 +1,16 @@
-//! The monitor: the first of the VM's QMP sockets that answers, and proof of who answers.
+//! The monitor: the first of the VM's QMP sockets that answers, proof of who answers, and all that
+//! is asked there.
+//!
+//! `plan` asks by itself; in an acquisition only the guardian does.
 
-use crate::find::Target;
-use crate::log::Log;
-use qemu::qmp::{Exchange, Transcript};
-use qemu::{Qmp, QmpError};
-use serde_json::json;
+use crate::told;
+use qemu::facts::Facts;
+use qemu::qmp::{Change, Exchange};
+use qemu::{GuestView, Qmp, QmpError};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long a monitor may take to greet when others are left to try.
@@ -17,89 +22,272 @@ const ONLY_ONE: Duration = Duration::from_secs(4);
 /// How long a query may take. QEMU answers in its main loop, which a slow disk can block.
 pub const QUERY: Duration = Duration::from_secs(10);
 
-/// Why no monitor could be used.
-#[derive(Debug, thiserror::Error)]
-pub enum MonitorError {
-    /// The VM has none.
-    #[error(
-        "{name:?} (PID {pid}) has no QMP socket on its command line, and the map must come from QEMU"
-    )]
-    None {
-        /// The VM's name.
-        name: String,
-        /// Its process.
-        pid: u32,
-    },
-    /// None of several answered.
-    #[error("no monitor of the VM answers: {}", tried.join("; "))]
-    AllFailed {
-        /// Each with its reason.
-        tried: Vec<String>,
-    },
-    /// The only one did not answer.
-    #[error("the monitor cannot be used")]
-    Failed(#[source] QmpError),
-    /// Somebody else than the VM answers.
-    #[error("{} is served by process {peer}, not by the VM's process {pid}", path.display())]
-    Impostor {
-        /// The socket.
-        path: PathBuf,
-        /// Who serves it, by the kernel's word; `?` when our PID namespace does not show it.
-        peer: String,
-        /// The VM.
-        pid: u32,
-    },
+/// Which VM, and where it may be asked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Whom {
+    /// The VM's name.
+    pub name: String,
+    /// QEMU's process.
+    pub pid: u32,
+    /// Sockets to try, in order.
+    pub sockets: Vec<PathBuf>,
+    /// The accelerator, as the process shows it.
+    pub accelerator: String,
+    /// Why the command line says that memory is hidden, if it does.
+    pub confidential: Option<String>,
 }
 
-/// Connects to the first monitor of `target` that greets; every command sent on it goes into
-/// `log`. Gives back the monitors that did not, each with its reason.
-///
-/// # Errors
-/// [`MonitorError`], within 5 seconds unless the VM has more than four monitors.
-pub fn open(target: &Target, log: &Log) -> Result<(Qmp, Vec<String>), MonitorError> {
-    let pid = target.row.pid;
-    let wait = match target.sockets.as_slice() {
-        [] => return Err(MonitorError::None { name: target.row.name.clone(), pid }),
-        [path] => {
-            let qmp = connect(path, ONLY_ONE, log).map_err(MonitorError::Failed)?;
-            return identified(qmp, pid).map(|qmp| (qmp, Vec::new()));
-        }
-        _ => ONE_OF_SEVERAL,
-    };
-    let mut tried = Vec::new();
-    for path in &target.sockets {
-        match connect(path, wait, log) {
-            Ok(qmp) => match identified(qmp, pid) {
-                Ok(qmp) => return Ok((qmp, tried)),
-                Err(error) => tried.push(error.to_string()),
-            },
-            Err(error) => tried.push(error.to_string()),
-        }
+/// Why QEMU could not be asked. Goes from process to process: the causes are in the texts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum AskError {
+    /// No monitor can be used.
+    #[error("{0}")]
+    Monitor(String),
+    /// QEMU does not answer as it should.
+    #[error("QEMU cannot be asked: {0}")]
+    Query(String),
+    /// QEMU's answers are not understood or contradict each other.
+    #[error("QEMU's map cannot be used: {0}")]
+    Map(String),
+}
+
+/// What QEMU says of the VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmFacts {
+    /// QEMU's version and package.
+    pub qemu_version: String,
+    /// The machine type.
+    pub machine: String,
+    /// The VM's name, when QEMU has one.
+    pub name: Option<String>,
+    /// The VM's UUID, when it has one.
+    pub uuid: Option<String>,
+    /// QEMU's target: `x86_64`.
+    pub arch: String,
+    /// Number of virtual CPUs.
+    pub cpus: u32,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The run state.
+    pub run_state: String,
+    /// The monitor's path.
+    pub monitor: String,
+}
+
+/// Everything that is asked before anything is decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// The VM.
+    pub vm: VmFacts,
+    /// Monitors that were passed over, each with its reason.
+    pub skipped: Vec<String>,
+    /// Why the guest's memory is hidden from the host, if it is; the map is not asked for then.
+    pub confidential: Option<String>,
+    /// A migration under way, in QEMU's word for its status.
+    pub migration: Option<String>,
+    /// Emulated watchdogs, by QEMU's names of their types.
+    pub watchdogs: Vec<String>,
+    /// The memory map.
+    pub view: Option<GuestView>,
+}
+
+/// What is asked once more after the last read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AskedAgain {
+    /// The memory map.
+    pub view: GuestView,
+    /// The run state.
+    pub run_state: String,
+    /// What QEMU told unasked since the monitor was opened: name and data.
+    pub events: Vec<(String, Value)>,
+}
+
+/// A line for the journal, by whoever did what it says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Note {
+    /// CLOCK_MONOTONIC in nanoseconds.
+    pub monotonic_ns: u64,
+    /// UTC then.
+    pub utc: String,
+    /// The journal's word.
+    pub what: String,
+    /// The particulars.
+    pub data: Value,
+}
+
+/// Lines that were not yet written into the journal.
+#[derive(Clone, Debug, Default)]
+pub struct Notes(Arc<Mutex<Vec<Note>>>);
+
+impl Notes {
+    /// Adds a line now.
+    pub fn add(&self, what: &str, data: Value) {
+        let (monotonic_ns, utc) = (host::clock::monotonic_ns(), host::clock::utc());
+        let note = Note { monotonic_ns, utc, what: what.to_owned(), data };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(note);
     }
-    Err(MonitorError::AllFailed { tried })
+
+    /// Takes the lines.
+    pub fn take(&self) -> Vec<Note> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A monitor of a VM, and nobody else's.
+#[derive(Debug)]
+pub struct Monitor {
+    qmp: Qmp,
+    skipped: Vec<String>,
+    /// Events taken out of the connection and not yet handed on.
+    events: Vec<(String, Value)>,
+}
+
+impl Monitor {
+    /// Connects to the first monitor that greets; every command sent on it goes into `notes`.
+    ///
+    /// # Errors
+    /// [`AskError::Monitor`], within 5 seconds unless the VM has more than four monitors.
+    pub fn open(whom: &Whom, notes: &Notes) -> Result<Self, AskError> {
+        let wait = match whom.sockets.as_slice() {
+            [] => {
+                return Err(AskError::Monitor(format!(
+                    "{:?} (PID {}) has no QMP socket on its command line, and the map must come \
+                     from QEMU",
+                    whom.name, whom.pid
+                )));
+            }
+            [path] => {
+                let cannot = |error: String| {
+                    AskError::Monitor(format!("the monitor cannot be used: {error}"))
+                };
+                let qmp = connect(path, ONLY_ONE, notes).map_err(|e| cannot(told(&e)))?;
+                return identified(qmp, whom.pid).map_err(AskError::Monitor);
+            }
+            _ => ONE_OF_SEVERAL,
+        };
+        let mut tried = Vec::new();
+        for path in &whom.sockets {
+            let found = connect(path, wait, notes)
+                .map_err(|error| told(&error))
+                .and_then(|qmp| identified(qmp, whom.pid));
+            match found {
+                Ok(monitor) => return Ok(Self { skipped: tried, ..monitor }),
+                Err(error) => tried.push(error),
+            }
+        }
+        Err(AskError::Monitor(format!("no monitor of the VM answers: {}", tried.join("; "))))
+    }
+
+    fn facts(&mut self) -> Facts<'_> {
+        Facts::of(&mut self.qmp, QUERY)
+    }
+
+    /// Asks for everything. Queries only.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn look(&mut self, whom: &Whom) -> Result<Asked, AskError> {
+        let query = |error: QmpError| AskError::Query(told(&error));
+        let (vm, confidential, migration) = self.ask(whom).map_err(query)?;
+        let confidential = confidential.or_else(|| whom.confidential.clone());
+        let watchdogs = self.facts().watchdogs().map_err(query)?;
+        let view = if confidential.is_none() { Some(self.view()?) } else { None };
+        let skipped = std::mem::take(&mut self.skipped);
+        Ok(Asked { vm, skipped, confidential, migration, watchdogs, view })
+    }
+
+    /// Asks once more, after the last read. Queries only.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn again(&mut self) -> Result<AskedAgain, AskError> {
+        let view = self.view()?;
+        let run_state = self.run_state()?;
+        self.take_events();
+        Ok(AskedAgain { view, run_state, events: std::mem::take(&mut self.events) })
+    }
+
+    fn view(&mut self) -> Result<GuestView, AskError> {
+        GuestView::take(&mut self.qmp, QUERY).map_err(|error| AskError::Map(told(&error)))
+    }
+
+    /// The run state.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn run_state(&mut self) -> Result<String, AskError> {
+        let status = self.facts().status().map_err(|error| AskError::Query(told(&error)))?;
+        Ok(status.status)
+    }
+
+    /// Stops the guest, or lets it go on.
+    ///
+    /// # Errors
+    /// [`AskError::Query`]; after a timeout QEMU may still do it.
+    pub fn change(&mut self, change: Change, within: Duration) -> Result<(), AskError> {
+        self.qmp.change(change, within).map_err(|error| AskError::Query(told(&error)))
+    }
+
+    /// Whether QEMU told of event `name` since the last call of this or of [`Monitor::again`].
+    pub fn heard(&mut self, name: &str) -> bool {
+        let from = self.events.len();
+        self.take_events();
+        self.events.iter().skip(from).any(|(event, _)| event == name)
+    }
+
+    fn take_events(&mut self) {
+        let events = self.qmp.take_events().into_iter();
+        self.events.extend(events.map(|event| (event.name, event.data)));
+    }
+
+    fn ask(&mut self, whom: &Whom) -> Result<(VmFacts, Option<String>, Option<String>), QmpError> {
+        let monitor = self.qmp.path().display().to_string();
+        let mut facts = self.facts();
+        let version = facts.version()?;
+        let number = version.qemu;
+        let kvm = facts.kvm()?.enabled;
+        let nil = "00000000-0000-0000-0000-000000000000";
+        let vm = VmFacts {
+            qemu_version: format!(
+                "{}.{}.{} {}",
+                number.major, number.minor, number.micro, version.package
+            )
+            .trim_end()
+            .to_owned(),
+            machine: facts.machine_type()?,
+            name: facts.name()?,
+            uuid: Some(facts.uuid()?).filter(|uuid| uuid != nil),
+            arch: facts.arch()?,
+            cpus: u32::try_from(facts.cpus()?).unwrap_or(u32::MAX),
+            accelerator: if kvm { "kvm".to_owned() } else { whom.accelerator.clone() },
+            run_state: facts.status()?.status,
+            monitor,
+        };
+        let under_way = ["setup", "active", "device", "pre-switchover", "wait-unplug", "colo"];
+        let migration = facts.migration()?.filter(|status| {
+            under_way.contains(&status.as_str()) || status.starts_with("postcopy")
+        });
+        Ok((vm, facts.confidential()?, migration))
+    }
 }
 
 /// The kernel says who listens on the socket; a name in a command line proves nothing.
-fn identified(qmp: Qmp, pid: u32) -> Result<Qmp, MonitorError> {
-    let peer = qmp.peer().map_err(MonitorError::Failed)?.pid;
+fn identified(qmp: Qmp, pid: u32) -> Result<Monitor, String> {
+    let peer = qmp.peer().map_err(|error| told(&error))?.pid;
     if peer == Some(pid) {
-        return Ok(qmp);
+        return Ok(Monitor { qmp, skipped: Vec::new(), events: Vec::new() });
     }
     let peer = peer.map_or_else(|| "?".to_owned(), |pid| pid.to_string());
-    Err(MonitorError::Impostor { path: qmp.path().to_owned(), peer, pid })
+    let path = qmp.path().display();
+    Err(format!("{path} is served by process {peer}, not by the VM's process {pid}"))
 }
 
-fn connect(path: &Path, wait: Duration, log: &Log) -> Result<Qmp, QmpError> {
-    Qmp::connect_with(path, wait, Some(transcript(log)))
-}
-
-/// Writes each command and its end into the journal.
-fn transcript(log: &Log) -> Transcript {
-    let log = log.clone();
-    Box::new(move |exchange: &Exchange<'_>| {
+fn connect(path: &Path, wait: Duration, notes: &Notes) -> Result<Qmp, QmpError> {
+    let notes = notes.clone();
+    let transcript = move |exchange: &Exchange<'_>| {
         let took = exchange.finished.saturating_duration_since(exchange.started);
         let mut line = json!({
-            "command": exchange.command.word(),
+            "command": exchange.command,
             "arguments": exchange.arguments,
             "outcome": exchange.outcome.word(),
             "took_ns": u64::try_from(took.as_nanos()).unwrap_or(u64::MAX),
@@ -107,6 +295,7 @@ fn transcript(log: &Log) -> Transcript {
         if let (Some(error), Some(object)) = (exchange.error, line.as_object_mut()) {
             object.insert("error".to_owned(), error.to_string().into());
         }
-        log.add("qmp", line);
-    })
+        notes.add("qmp", line);
+    };
+    Qmp::connect_with(path, wait, Some(Box::new(transcript)))
 }

@@ -2,16 +2,16 @@
 //! exactly what `stillframe acquire` would do, with the reasons.
 
 use evidence::format::Format;
+use crate::speed::Speed;
 use evidence::manifest::Class;
-pub use evidence::manifest::{Method, StoreKind};
+pub use evidence::manifest::{HoldKind, Method, StoreKind};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// The methods of the design that this version does not have, each with what it would give.
-const NOT_YET: [(Method, &str); 5] = [
+const NOT_YET: [(Method, &str); 4] = [
     (Method::Track, "an image of one instant, the guest held for milliseconds"),
-    (Method::Freeze, "an image of one instant, the guest held while its memory is copied"),
     (Method::Snapshot, "QEMU's own snapshot of one instant, by userfaultfd"),
     (Method::Pmemsave, "QEMU's own copy in slices"),
     (Method::Dump, "QEMU's own dump, the guest stopped throughout"),
@@ -28,6 +28,35 @@ pub enum Consistency {
     Any,
 }
 
+/// How the guest may be held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum HoldWish {
+    /// By ptrace while that is short enough, else by QEMU.
+    #[default]
+    Auto,
+    /// Only by ptrace.
+    Ptrace,
+    /// Only by QEMU's `stop` and `cont`.
+    Stop,
+}
+
+/// The longest hold by ptrace: QEMU's virtual clock runs on, and what the guest waits for comes
+/// late all at once.
+const PTRACE_AT_MOST: Duration = Duration::from_secs(1);
+
+/// Pages that the audit read takes at most.
+pub const AUDIT_PAGES: u64 = 4096;
+
+/// What a hold takes beside the reading, as planned: the last measurements are in
+/// docs/measurements.md. By ptrace for each thread; by QEMU, which writes its disks out.
+const PTRACE_A_THREAD: Duration = Duration::from_micros(100);
+const PTRACE_ONCE: Duration = Duration::from_millis(3);
+const STOP_ONCE: Duration = Duration::from_millis(20);
+
+/// What bringing back a page from swap may take, as planned: a random read of a slow disk.
+const SWAP_PAGE: Duration = Duration::from_micros(200);
+
 /// The operator's wish.
 #[derive(Clone, Debug)]
 pub struct Wish {
@@ -37,6 +66,8 @@ pub struct Wish {
     pub consistency: Consistency,
     /// The longest stall of the guest that is allowed.
     pub stall_budget: Duration,
+    /// How the guest may be held.
+    pub hold: HoldWish,
     /// The image's format.
     pub format: Format,
     /// The store asked for.
@@ -53,6 +84,7 @@ impl Default for Wish {
             method: None,
             consistency: Consistency::default(),
             stall_budget: Duration::from_millis(100),
+            hold: HoldWish::default(),
             format: Format::Elf,
             store: None,
             swap_in: false,
@@ -76,6 +108,17 @@ pub struct OutputFacts {
     pub vm_disk: Option<String>,
 }
 
+/// What is known of a hold beforehand.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HoldFacts {
+    /// The process that traces QEMU already, if one does.
+    pub traced_by: Option<u32>,
+    /// QEMU's threads.
+    pub threads: u32,
+    /// How fast memory is read; absent when no block was wholly in memory.
+    pub speed: Option<Speed>,
+}
+
 /// Everything that the decision rests on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Facts {
@@ -85,6 +128,12 @@ pub struct Facts {
     pub confidential: Option<String>,
     /// A migration under way, in QEMU's word for its status.
     pub migration: Option<String>,
+    /// Emulated watchdogs, by QEMU's names of their types. QEMU does not show their timeouts.
+    pub watchdogs: Vec<String>,
+    /// What is known of a hold beforehand.
+    pub hold: HoldFacts,
+    /// The most bytes of guest memory that are read in a second, if the operator set a limit.
+    pub max_rate: Option<u64>,
     /// Bytes of guest memory that the image covers.
     pub image_bytes: u64,
     /// Of these, bytes that the host has memory for.
@@ -114,6 +163,18 @@ pub struct Rejected {
     pub reason: String,
 }
 
+/// A hold as planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedHold {
+    /// How.
+    pub kind: HoldKind,
+    /// How long it is expected to be, in nanoseconds.
+    pub expected_ns: u64,
+    /// When it is ended, done or not, in nanoseconds from its beginning: the stall budget, or less
+    /// where the kind of hold allows less.
+    pub at_most_ns: u64,
+}
+
 /// What will be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
@@ -131,8 +192,8 @@ pub struct Plan {
     pub store_why: String,
     /// The image's format.
     pub format: Format,
-    /// The longest hold expected, in nanoseconds.
-    pub hold_ns: u64,
+    /// How the guest is held; absent when it is not.
+    pub hold: Option<PlannedHold>,
     /// Bytes that the exhibit may need on disk.
     pub output_bytes: u64,
     /// What the run changes on the host or in QEMU.
@@ -181,7 +242,7 @@ fn output_bytes(facts: &Facts) -> u64 {
 pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     refuse_unreadable(facts)?;
     refuse_swap(facts, wish)?;
-    let (method, why, rejected) = method(wish)?;
+    let Choice { method, why, rejected, hold } = method(facts, wish)?;
     if let Some(reason) = &facts.format_unfit {
         return Err(Refusal::new(reason.clone(), &["--format lime", "--format raw"]));
     }
@@ -191,21 +252,21 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     {
         refuse_output(output, output_bytes)?;
     }
-    let (store, store_why) = store(facts, wish)?;
+    let (store, store_why) = store(facts, wish, method)?;
     if !wish.force_output {
         refuse_memory(facts, store, output_bytes)?;
     }
     Ok(Plan {
         method,
-        class: Class::None,
+        class: if method == Method::Freeze { Class::Instantaneous } else { Class::None },
         why,
         rejected,
         store,
         store_why,
         format: wish.format,
-        hold_ns: 0,
+        hold,
         output_bytes,
-        changes: changes(facts, store),
+        changes: changes(facts, store, hold),
         warnings: warnings(facts),
     })
 }
@@ -251,7 +312,15 @@ fn refuse_swap(facts: &Facts, wish: &Wish) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn method(wish: &Wish) -> Result<(Method, String, Vec<Rejected>), Refusal> {
+/// A method that was taken.
+struct Choice {
+    method: Method,
+    why: String,
+    rejected: Vec<Rejected>,
+    hold: Option<PlannedHold>,
+}
+
+fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
     let mut rejected: Vec<Rejected> = NOT_YET
         .iter()
         .map(|(method, gives)| Rejected {
@@ -259,33 +328,164 @@ fn method(wish: &Wish) -> Result<(Method, String, Vec<Rejected>), Refusal> {
             reason: format!("not in this version ({gives})"),
         })
         .collect();
+    let reject = |method, reason: &str| Rejected { method, reason: reason.to_owned() };
+    let smeared = "its image is smeared over the time of reading, and one instant is asked for";
     match (wish.method, wish.consistency) {
-        (Some(method), _) if method != Method::Live => Err(Refusal::new(
-            format!("the method {} is not in this version", method.word()),
-            &["--method live"],
-        )),
-        (Some(method), _) => {
-            Ok((method, format!("asked for by name: --method {}", method.word()), rejected))
+        (Some(method @ Method::Live), _) => {
+            rejected.push(reject(Method::Freeze, "another method was asked for by name"));
+            let why = format!("asked for by name: --method {}", method.word());
+            Ok(Choice { method, why, rejected, hold: None })
         }
-        (None, Consistency::Any) => Ok((
-            Method::Live,
-            "the only method here, and --consistency any allows a smeared image".to_owned(),
-            rejected,
+        (Some(method @ Method::Freeze), _) => {
+            let hold = freeze(facts, wish, 1)?;
+            rejected.push(reject(Method::Live, "another method was asked for by name"));
+            let why = format!("asked for by name: --method {}", method.word());
+            Ok(Choice { method, why, rejected, hold: Some(hold) })
+        }
+        (Some(method), _) => Err(Refusal::new(
+            format!("the method {} is not in this version", method.word()),
+            &["--method freeze", "--method live"],
         )),
-        (None, Consistency::PointInTime) => {
-            rejected.push(Rejected {
-                method: Method::Live,
-                reason:
-                    "its image is smeared over the time of reading, and one instant is asked for"
-                        .to_owned(),
-            });
-            let refusal = Refusal::new(
-                "no method gives an image of one instant here",
-                &["--consistency any", "--method live"],
-            );
-            Err(Refusal { rejected, ..refusal })
+        (None, consistency) => {
+            // A prediction can be off by half and the budget still be kept.
+            match (freeze(facts, wish, 2), consistency) {
+                (Ok(hold), _) => {
+                    rejected.push(reject(Method::Live, "freeze gives one instant within the stall budget"));
+                    let why = "the shortest way to an image of one instant: its hold is expected to be \
+                               at most half the stall budget";
+                    let why = why.to_owned();
+                    Ok(Choice { method: Method::Freeze, why, rejected, hold: Some(hold) })
+                }
+                (Err(refusal), Consistency::Any) => {
+                    rejected.push(reject(Method::Freeze, &refusal.reason));
+                    let why = "--consistency any allows a smeared image, and freeze is not possible";
+                    Ok(Choice { method: Method::Live, why: why.to_owned(), rejected, hold: None })
+                }
+                (Err(refusal), Consistency::PointInTime) => {
+                    rejected.push(reject(Method::Freeze, &refusal.reason));
+                    rejected.push(reject(Method::Live, smeared));
+                    let mut remedies = refusal.remedies;
+                    remedies.extend(["--consistency any".to_owned(), "--method live".to_owned()]);
+                    let reason = "no method gives an image of one instant within the stall budget here";
+                    Err(Refusal { reason: reason.to_owned(), rejected, remedies })
+                }
+            }
         }
     }
+}
+
+/// The hold of `freeze`, when `margin` times its expected length is within the stall budget.
+fn freeze(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedHold, Refusal> {
+    if wish.store == Some(StoreKind::Disk) {
+        let reason = "freeze reads into memory: nothing is written to a disk while the guest is held";
+        return Err(Refusal::new(reason, &["--store ram"]));
+    }
+    if facts.reserve_bytes > facts.ram_limit_bytes {
+        let reason = format!(
+            "freeze needs a RAM store of {} bytes, and {} is the limit ({})",
+            facts.reserve_bytes, facts.ram_limit_bytes, facts.ram_limit_by
+        );
+        return Err(Refusal::new(reason, &["--max-ram N where it is --max-ram that limits"]));
+    }
+    let Some(reading) = reading(facts) else {
+        let reason = "how fast the guest's memory is read could not be measured: no block of it is \
+                      wholly in memory";
+        return Err(Refusal::new(reason, &[]));
+    };
+    let kind = hold_kind(facts, wish, reading)?;
+    let expected = reading + overhead(facts, kind);
+    let allowed = match kind {
+        HoldKind::Ptrace => wish.stall_budget.min(ptrace_limit(facts)),
+        HoldKind::Stop => wish.stall_budget,
+    };
+    if expected * margin > allowed {
+        let reason = format!(
+            "its hold is expected to be {}{}, and {} is allowed ({})",
+            millis(expected),
+            if margin > 1 { format!(", of which {margin} times must be allowed") } else { String::new() },
+            millis(allowed),
+            if allowed < wish.stall_budget { "by ptrace, here" } else { "--stall-budget" },
+        );
+        let mut remedies = Vec::new();
+        if allowed < wish.stall_budget {
+            remedies.push("--hold stop".to_owned());
+        }
+        // Rounded up to what reads well, and a little more: the next measurement is another one.
+        let wanted = expected.mul_f64(1.2) * margin;
+        let steps = wanted.as_millis() / 50 + 1;
+        remedies.push(format!("--stall-budget {}ms", steps * 50));
+        return Err(Refusal { reason, rejected: Vec::new(), remedies });
+    }
+    Ok(PlannedHold { kind, expected_ns: nanos(expected), at_most_ns: nanos(allowed) })
+}
+
+/// How long reading all that is resident takes, with a quarter more for what others do meanwhile.
+fn reading(facts: &Facts) -> Option<Duration> {
+    if facts.resident_bytes == 0 {
+        return Some(Duration::ZERO);
+    }
+    let speed = facts.hold.speed?;
+    let rate = facts.max_rate.map_or(speed.bytes_per_s, |max| max.min(speed.bytes_per_s)).max(1);
+    let read = u128::from(facts.resident_bytes) * 1_250_000_000 / u128::from(rate);
+    let audit = u128::from(speed.page_ns) * u128::from(AUDIT_PAGES)
+        / u128::from(speed.workers.max(1));
+    let total = u64::try_from(read + audit).unwrap_or(u64::MAX);
+    let pages = u32::try_from(facts.swapped_bytes / 4096).unwrap_or(u32::MAX);
+    Some(Duration::from_nanos(total).saturating_add(SWAP_PAGE.saturating_mul(pages)))
+}
+
+fn overhead(facts: &Facts, kind: HoldKind) -> Duration {
+    match kind {
+        HoldKind::Ptrace => PTRACE_ONCE + PTRACE_A_THREAD * facts.hold.threads,
+        HoldKind::Stop => STOP_ONCE,
+    }
+}
+
+/// The longest hold by ptrace that no watchdog of this machine notices: a third of the shortest
+/// timeout that Linux's driver of the device sets, for the one that the guest has set is not shown.
+fn ptrace_limit(facts: &Facts) -> Duration {
+    let third = |name: &String| match name.as_str() {
+        // drivers/watchdog: i6300esb.c 1 s; ib700wdt.c 2 s; iTCO_wdt.c 4 ticks of 0.6 s.
+        "ib700" => Duration::from_millis(666),
+        "ICH9-LPC" => Duration::from_millis(800),
+        _ => Duration::from_millis(333),
+    };
+    facts.watchdogs.iter().map(third).min().unwrap_or(PTRACE_AT_MOST).min(PTRACE_AT_MOST)
+}
+
+fn hold_kind(facts: &Facts, wish: &Wish, reading: Duration) -> Result<HoldKind, Refusal> {
+    let traced = facts.hold.traced_by.map(|pid| format!("process {pid} traces QEMU already"));
+    let limit = ptrace_limit(facts);
+    let long = reading + overhead(facts, HoldKind::Ptrace) > limit;
+    match wish.hold {
+        HoldWish::Stop => Ok(HoldKind::Stop),
+        HoldWish::Auto if traced.is_some() || long => Ok(HoldKind::Stop),
+        HoldWish::Auto => Ok(HoldKind::Ptrace),
+        HoldWish::Ptrace => match traced {
+            Some(reason) => Err(Refusal::new(reason, &["--hold stop", "end the debugger"])),
+            None if long => {
+                let why = match facts.watchdogs.first() {
+                    Some(watchdog) if limit < PTRACE_AT_MOST => format!("the watchdog {watchdog}"),
+                    _ => "QEMU's clock, which runs on".to_owned(),
+                };
+                let reason = format!(
+                    "reading takes {}, and a hold by ptrace may last {} ({why})",
+                    millis(reading),
+                    millis(limit)
+                );
+                Err(Refusal::new(reason, &["--hold stop", "--hold auto"]))
+            }
+            None => Ok(HoldKind::Ptrace),
+        },
+    }
+}
+
+fn millis(time: Duration) -> String {
+    format!("{} ms", time.as_millis())
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn refuse_output(output: &OutputFacts, needed: u64) -> Result<(), Refusal> {
@@ -334,7 +534,11 @@ fn refuse_memory(facts: &Facts, store: StoreKind, output: u64) -> Result<(), Ref
     Ok(())
 }
 
-fn store(facts: &Facts, wish: &Wish) -> Result<(StoreKind, String), Refusal> {
+fn store(
+    facts: &Facts,
+    wish: &Wish,
+    method: Method,
+) -> Result<(StoreKind, String), Refusal> {
     let fits = facts.reserve_bytes <= facts.ram_limit_bytes;
     let limit = format!("{} bytes, set by {}", facts.ram_limit_bytes, facts.ram_limit_by);
     match wish.store {
@@ -343,6 +547,10 @@ fn store(facts: &Facts, wish: &Wish) -> Result<(StoreKind, String), Refusal> {
             &["--store disk", "--max-ram N where it is --max-ram that limits"],
         )),
         Some(kind) => Ok((kind, format!("asked for: --store {}", kind.word()))),
+        None if method == Method::Freeze => Ok((
+            StoreKind::Ram,
+            format!("nothing is written to a disk while the guest is held ({limit})"),
+        )),
         None if fits => {
             Ok((StoreKind::Ram, format!("the resident memory fits the limit ({limit})")))
         }
@@ -353,11 +561,23 @@ fn store(facts: &Facts, wish: &Wish) -> Result<(StoreKind, String), Refusal> {
     }
 }
 
-fn changes(facts: &Facts, store: StoreKind) -> Vec<String> {
+fn changes(facts: &Facts, store: StoreKind, hold: Option<PlannedHold>) -> Vec<String> {
+    let queries = match hold {
+        Some(PlannedHold { kind: HoldKind::Stop, .. }) if facts.run_state == "running" => {
+            "QEMU is told to stop the guest and to let it go on: its clock stands meanwhile, its disks \
+             are written out, QEMU tells all its monitors; beside that only queries are sent"
+        }
+        _ => "queries are sent to QEMU's monitor; no command that changes anything",
+    };
     let mut changes = vec![
-        "queries are sent to QEMU's monitor; no command that changes anything".to_owned(),
+        queries.to_owned(),
         "host CPU time and memory bandwidth are used while memory is read".to_owned(),
     ];
+    if let Some(PlannedHold { kind: HoldKind::Ptrace, .. }) = hold {
+        changes.push(
+            "QEMU's threads stand still during the hold; the guest's clock jumps by as much".to_owned(),
+        );
+    }
     if facts.swapped_bytes > 0 {
         changes.push(format!(
             "{} bytes of the guest come back from swap by being read",
@@ -390,6 +610,18 @@ mod tests {
             run_state: "running".into(),
             confidential: None,
             migration: None,
+            watchdogs: Vec::new(),
+            hold: HoldFacts {
+                traced_by: None,
+                threads: 5,
+                speed: Some(Speed {
+                    bytes_per_s: 10 << 30,
+                    page_ns: 4_000,
+                    sampled_bytes: 24 << 20,
+                    workers: 2,
+                }),
+            },
+            max_rate: None,
             image_bytes: 4 << 30,
             resident_bytes: 3 << 30,
             reserve_bytes: 3 << 30,

@@ -20,29 +20,6 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-/// What QEMU says of the VM.
-#[derive(Clone, Debug, Default)]
-pub struct VmFacts {
-    /// QEMU's version and package.
-    pub qemu_version: String,
-    /// The machine type.
-    pub machine: String,
-    /// The VM's name, when QEMU has one.
-    pub name: Option<String>,
-    /// The VM's UUID, when it has one.
-    pub uuid: Option<String>,
-    /// QEMU's target: `x86_64`.
-    pub arch: String,
-    /// Number of virtual CPUs.
-    pub cpus: u32,
-    /// `kvm` or `tcg`.
-    pub accelerator: String,
-    /// The run state.
-    pub run_state: String,
-    /// The monitor's path.
-    pub monitor: String,
-}
-
 /// What is measured before and after.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Measure {

@@ -3,11 +3,13 @@
 //! The same loop as capture, from the store to the image. With a disk store the image *is* the
 //! store: blocks are read back, hashed and their zero pages given back to the filesystem.
 
-use crate::copy::{self, Cell, Changed, Cut, Setting};
+use crate::copy::{self, Cell, Changed, Cut, Item, Scratch, Setting};
 use crate::event::{Event, Observer, Phase};
 use crate::guard::Guarded;
 use crate::method::process::{bit, page_runs, page_spans};
 use crate::stop::Stop;
+use crate::table::{Entry, Table};
+use evidence::Block;
 use evidence::digest::{Digest, Hasher, HashingWriter, MemoryRoot, other_bytes_sha256, sha256};
 use evidence::exhibit;
 use evidence::format::Layout;
@@ -60,6 +62,12 @@ pub enum SealError {
         #[source]
         cause: io::Error,
     },
+    /// The table of blocks could not be read or written.
+    #[error("the table of blocks cannot be used")]
+    Table(#[source] io::Error),
+    /// The process that seals could not do it.
+    #[error("the process that seals {0}")]
+    Process(String),
     /// The block records were not taken.
     #[error("cannot write the block records")]
     Records(#[from] RecordError),
@@ -73,34 +81,56 @@ pub enum Image<'a> {
     InPlace(&'a DiskStore),
 }
 
-/// Hashes every block and brings it into the image.
+/// A block that is to be sealed: its number in the table and its addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    /// The entry.
+    pub number: u64,
+    /// The block.
+    pub block: Block,
+}
+
+impl Item for Slot {
+    fn bytes(&self) -> u64 {
+        self.block.len()
+    }
+}
+
+/// What reads captured bytes back.
+pub type Get<'a> = &'a (dyn Fn(GuestRange, &mut [u8]) -> io::Result<()> + Sync);
+
+/// Hashes every block of `slots`, brings it into the image, and says so in the table.
 ///
 /// # Errors
 /// [`Cut`].
 pub fn blocks(
-    cells: &mut [Cell],
-    store: &dyn Store,
+    slots: &mut [Slot],
+    table: &Table,
+    get: Get<'_>,
     image: &Image<'_>,
     setting: &Setting<'_>,
+    scratches: &mut [Scratch],
 ) -> Result<(), Cut<SealError>> {
-    copy::each(cells, setting, |cell, scratch| {
-        let (bytes, _, _) = scratch.parts(cell.block);
-        if store.get(cell.block, bytes).is_err() {
+    copy::each(slots, setting, scratches, |slot, scratch| {
+        let mut entry = table.get(slot.number).map_err(SealError::Table)?;
+        let (bytes, _, _) = scratch.parts(entry.block);
+        if get(entry.block, bytes).is_err() {
             // What the store does not give back is lost, and the rest is not.
             bytes.fill(0);
-            cell.states.fill(PageState::Unreadable);
+            entry.states.fill(PageState::Unreadable);
         }
-        note_zeros(cell, bytes);
-        cell.digest = sha256(bytes);
-        write(cell, bytes, image).map_err(|cause| SealError::Image { at: cell.block, cause })?;
-        cell.sealed = true;
-        Ok(())
+        note_zeros(&mut entry, bytes);
+        entry.digest = sha256(bytes);
+        write(&entry, bytes, image)
+            .map_err(|cause| SealError::Image { at: entry.block, cause })?;
+        entry.sealed = true;
+        table.put(slot.number, &entry).map_err(SealError::Table)
     })
 }
 
 /// A page that was read and holds only zeros is `zero`.
-fn note_zeros(cell: &mut Cell, bytes: &[u8]) {
-    for (state, span) in cell.states.iter_mut().zip(page_spans(cell.block)) {
+fn note_zeros(entry: &mut Entry, bytes: &[u8]) {
+    for (state, span) in entry.states.iter_mut().zip(page_spans(entry.block)) {
         if *state == PageState::Data && bytes.get(span).is_some_and(is_zero) {
             *state = PageState::Zero;
         }
@@ -117,12 +147,12 @@ fn is_zero(bytes: &[u8]) -> bool {
 /// a few zeros is quicker than two writes and a hole, and disks have no use for smaller holes.
 const MEND: usize = 64 << 10;
 
-fn write(cell: &Cell, bytes: &[u8], image: &Image<'_>) -> io::Result<()> {
-    let data = mended(page_runs(cell.block, |page| {
-        cell.states.get(page).is_some_and(|state| state.has_bytes())
+fn write(entry: &Entry, bytes: &[u8], image: &Image<'_>) -> io::Result<()> {
+    let data = mended(page_runs(entry.block, |page| {
+        entry.states.get(page).is_some_and(|state| state.has_bytes())
     }));
     let at = |run: &Range<usize>| {
-        GuestRange::new(cell.block.start() + run.start as u64, (run.end - run.start) as u64)
+        GuestRange::new(entry.block.start() + run.start as u64, (run.end - run.start) as u64)
     };
     let (file, apart) = match image {
         Image::Apart(file) => (file, true),

@@ -138,6 +138,10 @@ pub struct Manifest {
     pub method: Method,
     /// The instant that the image shows; null when it shows none, as of `live`.
     pub tau: Option<Tau>,
+    /// The last hold of the guest; null when it was never held.
+    pub hold: Option<Hold>,
+    /// The audit read inside that hold; null when there was none.
+    pub audit: Option<Audit>,
     /// What the examiner says of the case.
     pub case: Case,
     /// Who ran the tool.
@@ -146,6 +150,8 @@ pub struct Manifest {
     pub clock: Clock,
     /// The tool.
     pub tool: Tool,
+    /// The processes that the tool ran as, and the rights that each kept.
+    pub processes: Vec<Process>,
     /// The host that the VM ran on.
     pub host: Host,
     /// The virtual machine.
@@ -207,6 +213,112 @@ pub struct Tau {
     pub utc: String,
     /// The true instant is at most this far away, clock error included, in nanoseconds.
     pub bound_ns: u64,
+}
+
+/// How the guest was held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HoldKind {
+    /// QEMU's threads were stopped by ptrace.
+    Ptrace,
+    /// QEMU was asked by `stop` and `cont`; a VM that was found paused was not asked.
+    Stop,
+}
+
+impl HoldKind {
+    /// The kind's word on the command line and in the record.
+    pub fn word(self) -> &'static str {
+        match self {
+            HoldKind::Ptrace => "ptrace",
+            HoldKind::Stop => "stop",
+        }
+    }
+}
+
+/// One hold of the guest. Times are monotonic nanoseconds since the start of the acquisition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Hold {
+    /// How.
+    pub kind: HoldKind,
+    /// When the first thread was interrupted, or `stop` was sent: the guest's stall began then at
+    /// the earliest.
+    pub began_ns: u64,
+    /// From here on nothing of the guest ran.
+    pub held_ns: u64,
+    /// Up to here nothing of the guest ran.
+    pub released_ns: u64,
+    /// When the last thread was let go, or `cont` was answered: the stall ended then at the latest.
+    pub ended_ns: u64,
+    /// Threads that were stopped; 0 when QEMU stopped itself.
+    pub threads: u32,
+    /// Tries that it took: a thread that could not be stopped in time let all others go again.
+    pub tries: u32,
+    /// Whether it lasted from the first to the last read, as the kernel or QEMU said after the last
+    /// read.
+    pub lasted: bool,
+    /// The stall budget in nanoseconds.
+    pub budget_ns: u64,
+    /// What was expected beforehand, in nanoseconds.
+    pub expected_ns: u64,
+}
+
+impl Hold {
+    /// The longest that the guest can have felt, in nanoseconds.
+    pub fn stall_ns(&self) -> u64 {
+        self.ended_ns.saturating_sub(self.began_ns)
+    }
+}
+
+/// Pages read again while the guest was still held, drawn at random from those that were read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// Pages read again.
+    pub pages: u64,
+    /// Of these, pages whose bytes were other ones than those kept: one voids the class.
+    pub differing: u64,
+    /// Upper bound, at 95 % confidence, of the share of pages that a second read would have found
+    /// different: 3 divided by `pages`, 1 at most; null when a page differed or none was read.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub bound_95: Option<f64>,
+    /// First guest-physical addresses of pages that differed, at most 64.
+    #[schemars(length(max = 64))]
+    pub differing_at: Vec<String>,
+}
+
+impl Audit {
+    /// What reading `pages` pages again showed. `differing_at` are the addresses that differed.
+    pub fn new(pages: u64, differing_at: &[u64]) -> Self {
+        let differing = u64::try_from(differing_at.len()).unwrap_or(u64::MAX);
+        // A sample of at most some thousand pages: exact in f64.
+        #[allow(clippy::cast_precision_loss)]
+        let bound = (differing == 0 && pages > 0).then(|| (3.0 / pages as f64).min(1.0));
+        let listed = differing_at.iter().take(64).map(|gpa| format!("{gpa:#x}"));
+        Self { pages, differing, bound_95: bound, differing_at: listed.collect() }
+    }
+}
+
+/// A process of the tool and the rights that it kept, as it read them back from the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Process {
+    /// `guardian`, `capture` or `seal`.
+    pub role: String,
+    /// Its process id.
+    pub pid: u32,
+    /// Its effective user id.
+    pub uid: u32,
+    /// Its effective capabilities, as a mask in hexadecimal.
+    pub capabilities: String,
+    /// Whether it can gain no rights by exec any more.
+    pub no_new_privs: bool,
+    /// Version of the kernel's Landlock interface that its ruleset was made for; null without one.
+    pub landlock_abi: Option<u32>,
+    /// `allow-list`, `deny-list` or `none`.
+    pub seccomp: String,
+    /// What was asked for and this host does not have.
+    pub missing: Vec<String>,
 }
 
 /// What the examiner says of the case; null where nothing was given.
@@ -623,6 +735,7 @@ impl Manifest {
         self.check_status(&mut out);
         self.check_files(&mut out);
         self.check_times(&mut out);
+        self.check_hold(&mut out);
         self.check_amounts(&mut out);
         self.check_losses(&mut out);
         out.0
@@ -673,11 +786,16 @@ impl Manifest {
         let live = self.method == Method::Live;
         out.unless(!live || self.class == Class::None, "class", "of method live is none");
         out.unless(!live || self.tau.is_none(), "tau", "method live shows no single instant");
-        out.unless(
-            self.class == Class::None || self.tau.is_some(),
-            "tau",
-            "the class says that the image shows one instant",
-        );
+        let instant = self.class != Class::None;
+        let tau = !instant || self.tau.is_some();
+        out.unless(tau, "tau", "the class says that the image shows one instant");
+        let by_hold = matches!(self.method, Method::Freeze | Method::Track);
+        let lasted = self.hold.as_ref().is_some_and(|hold| hold.lasted);
+        out.unless(!instant || !by_hold || lasted, "hold", "the class needs one that lasted");
+        let differs = self.audit.as_ref().is_some_and(|audit| audit.differing > 0);
+        out.unless(!instant || !differs, "audit", "a page that differed voids the class");
+        let held = self.hold.is_some();
+        out.unless(held || self.audit.is_none(), "audit", "there was no hold to read in");
     }
 
     fn check_files(&self, out: &mut Out) {
@@ -738,6 +856,28 @@ impl Manifest {
             let span = Span { t0_ns: pass.t0_ns, t1_ns: pass.t1_ns };
             let inside = window.covers(span) && span.t0_ns <= span.t1_ns;
             out.unless(inside, &field, "runs backwards or out of the window");
+        }
+    }
+
+    fn check_hold(&self, out: &mut Out) {
+        let Some(hold) = &self.hold else { return };
+        let times =
+            [hold.began_ns, hold.held_ns, hold.released_ns, hold.ended_ns, self.clock.mono_end_ns];
+        out.unless(times.is_sorted(), "hold", "runs backwards or ends after the record");
+        if let Some(tau) = &self.tau {
+            let inside = (hold.held_ns..=hold.released_ns).contains(&tau.mono_ns);
+            out.unless(inside, "tau.mono_ns", "does not lie in the hold");
+            let half = (hold.released_ns.saturating_sub(hold.held_ns)) / 2;
+            out.unless(tau.bound_ns >= half, "tau.bound_ns", "is less than half of the hold");
+        }
+        if let (Some(window), true) = (self.window, self.class == Class::Instantaneous) {
+            let inside = hold.held_ns <= window.t0_ns && window.t1_ns <= hold.released_ns;
+            out.unless(inside, "window", "is not within the hold");
+        }
+        if let Some(audit) = &self.audit {
+            let fits = audit.differing <= audit.pages
+                && audit.bound_95.is_some() == (audit.differing == 0 && audit.pages > 0);
+            out.unless(fits, "audit", "its counts and its bound do not fit each other");
         }
     }
 
@@ -864,6 +1004,8 @@ pub(crate) mod tests {
             class: Class::None,
             method: Method::Live,
             tau: None,
+            hold: None,
+            audit: None,
             case: Case { number: Some("2026-117".into()), ..Case::default() },
             operator: Operator {
                 uid: 1000,
@@ -891,6 +1033,16 @@ pub(crate) mod tests {
                 exe_sha256: Some(sha256(b"stillframe")),
                 argv: vec!["stillframe".into(), "acquire".into(), "web-07".into()],
             },
+            processes: vec![Process {
+                role: "seal".into(),
+                pid: 4713,
+                uid: 65534,
+                capabilities: "0x0".into(),
+                no_new_privs: true,
+                landlock_abi: Some(4),
+                seccomp: "allow-list".into(),
+                missing: Vec::new(),
+            }],
             host: Host {
                 hostname: "host-1".into(),
                 kernel: "6.1.0-28-amd64".into(),
@@ -977,6 +1129,34 @@ pub(crate) mod tests {
         manifest
     }
 
+    /// A complete `freeze`.
+    fn freeze() -> Manifest {
+        let mut manifest = example();
+        (manifest.method, manifest.class) = (Method::Freeze, Class::Instantaneous);
+        manifest.tau = Some(Tau {
+            mono_ns: 2_100,
+            utc: "2026-11-22T21:30:00.000002100Z".into(),
+            bound_ns: 2_001_200,
+        });
+        manifest.hold = Some(Hold {
+            kind: HoldKind::Ptrace,
+            began_ns: 800,
+            held_ns: 900,
+            released_ns: 3_300,
+            ended_ns: 3_400,
+            threads: 5,
+            tries: 1,
+            lasted: true,
+            budget_ns: 100_000_000,
+            expected_ns: 3_000,
+        });
+        manifest.audit = Some(Audit::new(4096, &[]));
+        manifest.window = Some(Span { t0_ns: 1_000, t1_ns: 3_000 });
+        manifest.passes.truncate(1);
+        manifest.stable = None;
+        manifest
+    }
+
     fn failed() -> Manifest {
         let mut manifest = example();
         manifest.status = Status::Failed;
@@ -989,7 +1169,7 @@ pub(crate) mod tests {
 
     #[test]
     fn sound_records_do_not_contradict_themselves() {
-        for manifest in [example(), partial(), failed()] {
+        for manifest in [example(), partial(), freeze(), failed()] {
             assert_eq!(manifest.contradictions(), []);
             let json = manifest.to_json().unwrap();
             assert_eq!(Manifest::parse(&json).unwrap(), manifest);
@@ -1036,6 +1216,41 @@ pub(crate) mod tests {
             assert_eq!(found.is_empty(), field.is_empty(), "{field}: {found:?}");
             assert!(field.is_empty() || found.iter().any(|c| c.field == field), "{found:?}");
         }
+    }
+
+    #[test]
+    fn one_instant_needs_a_hold_that_lasted() {
+        type Edit = fn(&mut Manifest);
+        let cases: [(Edit, &str); 10] = [
+            (|m| m.hold = None, "hold"),
+            (|m| m.hold.as_mut().unwrap().lasted = false, "hold"),
+            (|m| m.hold.as_mut().unwrap().held_ns = 700, "hold"),
+            (|m| m.audit = Some(Audit::new(9, &[0x1000])), "audit"),
+            (|m| m.audit.as_mut().unwrap().bound_95 = None, "audit"),
+            (|m| m.tau = None, "tau"),
+            (|m| m.tau.as_mut().unwrap().mono_ns = 899, "tau.mono_ns"),
+            (|m| m.tau.as_mut().unwrap().bound_ns = 1_199, "tau.bound_ns"),
+            (|m| m.window = Some(Span { t0_ns: 899, t1_ns: 3_000 }), "window"),
+            (|m| m.hold.as_mut().unwrap().released_ns = 2_999, "window"),
+        ];
+        for (edit, field) in cases {
+            let mut manifest = freeze();
+            edit(&mut manifest);
+            let found = manifest.contradictions();
+            assert!(found.iter().any(|c| c.field == field), "{field}: {found:?}");
+        }
+        let void = Manifest { class: Class::None, ..freeze() };
+        assert_eq!(void.contradictions(), []);
+    }
+
+    #[test]
+    fn the_bound_of_an_audit_is_that_of_its_sample() {
+        assert_eq!(Audit::new(300, &[]).bound_95, Some(0.01));
+        assert_eq!(Audit::new(2, &[]).bound_95, Some(1.0));
+        assert_eq!(Audit::new(0, &[]).bound_95, None);
+        let differs = Audit::new(300, &[0x1000, 0x2000]);
+        assert_eq!((differs.differing, differs.bound_95), (2, None));
+        assert_eq!(differs.differing_at, ["0x1000", "0x2000"]);
     }
 
     #[test]
@@ -1103,7 +1318,7 @@ pub(crate) mod tests {
     #[test]
     fn what_is_written_follows_the_published_schema() {
         let manifests = validator("manifest-1.schema.json");
-        for manifest in [example(), partial(), failed()] {
+        for manifest in [example(), partial(), freeze(), failed()] {
             let json = serde_json::to_value(&manifest).unwrap();
             let errors: Vec<_> = manifests.iter_errors(&json).map(|e| e.to_string()).collect();
             assert_eq!(errors, Vec::<String>::new());

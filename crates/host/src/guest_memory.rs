@@ -313,6 +313,27 @@ impl GuestMemory {
         Ok(kept)
     }
 
+    /// Whether every page of `block` is in memory: reading it waits for no disk and brings nothing
+    /// back from swap. `false` where that cannot be told without asking for all of a mapping.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::resident`].
+    pub fn is_wholly_present(&self, block: GuestRange) -> Result<bool, HostError> {
+        let held = self.place_of(block).ok_or(HostError::NoPlace { range: block })?;
+        if let (Mapping::Shared, Some(backing)) = (held.mapping, &held.backing) {
+            // Pages that the process has not touched itself are not in its page table.
+            let start = held.file_off(block.start());
+            let whole = start..start + block.len();
+            return Ok(next_extent(&backing.file, start, whole.end) == Some(whole));
+        }
+        let pages = evidence::state::page_count(block);
+        let count = self
+            .pagemap
+            .count(held.hva(block.start()), pages)
+            .map_err(|e| self.process.error("pagemap", e))?;
+        Ok(count.present == pages)
+    }
+
     fn is_resident(&self, block: GuestRange) -> Result<bool, HostError> {
         let held = self.place_of(block).ok_or(HostError::NoPlace { range: block })?;
         match (held.mapping, &held.backing) {

@@ -8,6 +8,7 @@
 //! Nothing here knows QEMU, monitors or formats. Guest memory is copied out, never lent, and
 //! there is no function that writes it.
 
+pub mod channel;
 pub mod clock;
 pub mod disk_store;
 mod error;
@@ -26,6 +27,7 @@ pub mod process;
 pub mod ram_store;
 pub mod random;
 pub mod scripted;
+pub mod shared_store;
 pub mod source;
 pub mod store;
 
@@ -34,5 +36,6 @@ pub use error::HostError;
 pub use guest_memory::{GuestMemory, Place};
 pub use process::Process;
 pub use ram_store::RamStore;
+pub use shared_store::SharedStore;
 pub use source::{Gone, Source};
 pub use store::{Store, StoreError};

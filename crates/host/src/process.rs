@@ -190,6 +190,18 @@ impl Process {
         uids(&status).ok_or_else(|| self.format("status", "no line \"Uid:\" with four numbers"))
     }
 
+    /// Who traces its first thread (`TracerPid`): a debugger, or another acquirer.
+    ///
+    /// # Errors
+    /// As for every file of `/proc/PID`.
+    pub fn tracer(&self) -> Result<Option<u32>, HostError> {
+        let status = self.small_text("status")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+        let tracer = line.and_then(|pid| pid.trim().parse::<u32>().ok());
+        let tracer = tracer.ok_or_else(|| self.format("status", "no line \"TracerPid:\""))?;
+        Ok(Some(tracer).filter(|&pid| pid != 0))
+    }
+
     /// The ids of its threads, ascending.
     ///
     /// # Errors
@@ -321,6 +333,15 @@ impl Process {
             }
         }
     }
+}
+
+/// Ends a process of our own by SIGKILL: it cannot be mistaken for another.
+///
+/// # Errors
+/// It is gone, or not ours to end.
+pub fn end_by_force(process: &Process) -> io::Result<()> {
+    let signal = rustix::process::Signal::KILL;
+    Ok(rustix::process::pidfd_send_signal(&process.pidfd, signal)?)
 }
 
 /// The process ids in `/proc`, ascending.

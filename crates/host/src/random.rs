@@ -1,8 +1,6 @@
 //! Random numbers from the kernel.
 
-/// A UUID of version 4, in lower case: `3f2ad7c0-....-4...-....-............`.
-pub fn uuid() -> String {
-    let mut bytes = [0u8; 16];
+fn fill(bytes: &mut [u8]) {
     let mut filled = 0;
     while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
         // Blocks only until the kernel's pool was seeded, early in the host's boot; a signal that
@@ -11,6 +9,19 @@ pub fn uuid() -> String {
             filled += count;
         }
     }
+}
+
+/// A number for a generator to begin with.
+pub fn seed() -> u64 {
+    let mut bytes = [0u8; 8];
+    fill(&mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+/// A UUID of version 4, in lower case: `3f2ad7c0-....-4...-....-............`.
+pub fn uuid() -> String {
+    let mut bytes = [0u8; 16];
+    fill(&mut bytes);
     bytes[6] = bytes[6] & 0x0f | 0x40;
     bytes[8] = bytes[8] & 0x3f | 0x80;
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();

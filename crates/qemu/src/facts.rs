@@ -4,7 +4,7 @@
 //! options; fields that we do not need are not read.
 
 use crate::qmp::{Command, Qmp, QmpError, Version};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ pub struct Kvm {
 }
 
 /// Sizes of the guest's memory in bytes (`query-memory-size-summary`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemorySize {
     /// What the machine started with (`-m`): `base-memory`.
     #[serde(rename = "base-memory")]
@@ -39,7 +39,7 @@ pub struct MemorySize {
 }
 
 /// What a memory device is (`query-memory-devices`).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum DeviceType {
     /// `dimm`: RAM.
     Dimm,
@@ -56,7 +56,7 @@ pub enum DeviceType {
 }
 
 /// A memory device (`query-memory-devices`).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDevice {
     /// What it is.
     pub device_type: DeviceType,
@@ -77,6 +77,25 @@ pub struct MemoryDevice {
     pub block_size: Option<u64>,
     /// All of QEMU's answer.
     pub raw: Value,
+}
+
+/// QEMU's watchdog devices (`hw/watchdog/`); the one in ICH9-LPC aside.
+const WATCHDOGS: [&str; 8] = [
+    "i6300esb",
+    "ib700",
+    "diag288",
+    "sbsa_gwdt",
+    "cmsdk-apb-watchdog",
+    "aspeed.wdt",
+    "imx2.wdt",
+    "allwinner-wdt",
+];
+
+/// A property of an object, as `qom-list` shows it.
+#[derive(Deserialize)]
+struct Child {
+    name: String,
+    r#type: String,
 }
 
 /// Typed queries, each with one deadline.
@@ -303,15 +322,42 @@ impl<'a> Facts<'a> {
     /// # Errors
     /// As [`Qmp::query`].
     pub fn memory_regions_of(&mut self, path: &str) -> Result<Vec<String>, QmpError> {
-        #[derive(Deserialize)]
-        struct Child {
-            name: String,
-            r#type: String,
-        }
-        let arguments = json!({ "path": path });
-        let children: Vec<Child> = self.qmp.query(Command::QomList, arguments, self.timeout)?;
+        let children = self.children(path)?;
         let regions = children.into_iter().filter(|c| c.r#type == "child<memory-region>");
         Ok(regions.map(|child| format!("{path}/{}", child.name)).collect())
+    }
+
+    fn children(&mut self, path: &str) -> Result<Vec<Child>, QmpError> {
+        self.qmp.query(Command::QomList, json!({ "path": path }), self.timeout)
+    }
+
+    /// The machine's emulated watchdogs by their QOM types, such as `i6300esb`: their timers run
+    /// on QEMU's virtual clock. The timeouts that the guest has set are not to be had: no property
+    /// shows them.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn watchdogs(&mut self) -> Result<Vec<String>, QmpError> {
+        let mut found = Vec::new();
+        for path in ["/machine/unattached", "/machine/peripheral", "/machine/peripheral-anon"] {
+            for child in self.children(path)? {
+                let kind = child.r#type.strip_prefix("child<").and_then(|k| k.strip_suffix('>'));
+                let Some(kind) = kind else { continue };
+                let counts = match kind {
+                    // Its TCO watchdog resets the machine unless a strap forbids it.
+                    "ICH9-LPC" => {
+                        let path = format!("{path}/{}", child.name);
+                        // An older QEMU without the property: assume that it resets.
+                        !self.qom_get::<bool>(&path, "noreboot").unwrap_or(false)
+                    }
+                    kind => WATCHDOGS.contains(&kind),
+                };
+                if counts {
+                    found.push(kind.to_owned());
+                }
+            }
+        }
+        Ok(found)
     }
 }
 

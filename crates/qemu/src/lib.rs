@@ -1,7 +1,8 @@
 //! Everything that a new QEMU may change: its command line, QMP, the texts of its monitor.
 //!
-//! Nothing here reads guest memory, and nothing here changes a guest: the commands that can be
-//! sent are the members of [`qmp::Command`] and [`qmp::Hmp`], all of them queries.
+//! Nothing here reads guest memory. The commands that can be sent are the members of
+//! [`qmp::Command`] and [`qmp::Hmp`], all of them queries, and the two of [`qmp::Change`], which
+//! stop a guest and let it go on.
 //!
 //! ```text
 //! cmdline   argv -> name, UUID, RAM, monitors        (no monitor is opened)

@@ -1,7 +1,7 @@
 //! A blocking client for QEMU's monitor protocol, with a deadline on everything.
 //!
-//! Only the members of [`Command`] and [`Hmp`] can be sent, and all of them are queries: a command
-//! that changes a guest has to be added here, where a reviewer sees it.
+//! Only the members of [`Command`] and [`Hmp`], all of them queries, and of [`Change`] can be sent:
+//! a command that changes a guest has to be added there, where a reviewer sees it.
 //!
 //! The peer is not trusted: the length of a message, the number of events and each wait are
 //! bounded, ids are checked, and after a breach of protocol the connection is not used again.
@@ -91,6 +91,25 @@ impl Command {
             Self::QueryUuid => "query-uuid",
             Self::QueryVersion => "query-version",
             Self::XQueryRamblock => "x-query-ramblock",
+        }
+    }
+}
+
+/// The commands that change a guest, each with what takes it back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Change {
+    /// `stop`: stops the guest's CPUs and its clock, then flushes its disks. Taken back by `cont`.
+    Stop,
+    /// `cont`: only ever for a guest that [`Change::Stop`] stopped.
+    Cont,
+}
+
+impl Change {
+    /// The command's name on the wire.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Cont => "cont",
         }
     }
 }
@@ -253,8 +272,8 @@ impl Outcome {
 /// One command and how it ended, as the transcript is told.
 #[derive(Debug)]
 pub struct Exchange<'a> {
-    /// The command.
-    pub command: Command,
+    /// The command's name on the wire.
+    pub command: &'static str,
     /// Its arguments: a JSON object.
     pub arguments: &'a Value,
     /// How it ended.
@@ -425,7 +444,7 @@ impl Qmp {
                 doing: DOING,
                 what: format!("no greeting but {:?}", Excerpt::new(&show(&greeting))),
             })?;
-        qmp.run(Command::QmpCapabilities, json!({}), deadline)?;
+        qmp.run(Command::QmpCapabilities.word(), json!({}), deadline)?;
         Ok(qmp)
     }
 
@@ -471,7 +490,15 @@ impl Qmp {
                 what: "lines of the human monitor go through hmp()".into(),
             });
         }
-        self.run(command, arguments, Deadline::new(timeout))
+        self.run(command.word(), arguments, Deadline::new(timeout))
+    }
+
+    /// Changes the guest, and waits until QEMU says that it is done.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`]; after [`QmpError::Timeout`] QEMU may still carry it out.
+    pub fn change(&mut self, change: Change, timeout: Duration) -> Result<(), QmpError> {
+        self.run(change.word(), json!({}), Deadline::new(timeout)).map(drop)
     }
 
     /// As [`Qmp::execute`], with the answer in the shape `T`.
@@ -499,7 +526,7 @@ impl Qmp {
     pub fn hmp(&mut self, line: Hmp, timeout: Duration) -> Result<String, QmpError> {
         let command = Command::HumanMonitorCommand;
         let arguments = json!({ "command-line": line.line() });
-        match self.run(command, arguments, Deadline::new(timeout))? {
+        match self.run(command.word(), arguments, Deadline::new(timeout))? {
             Value::String(text) => Ok(text.replace("\r\n", "\n")),
             _ => Err(QmpError::Shape { command: command.word(), what: "not a string".into() }),
         }
@@ -534,7 +561,7 @@ impl Qmp {
     /// Sends, waits, tells the transcript.
     fn run(
         &mut self,
-        command: Command,
+        command: &'static str,
         arguments: Value,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
@@ -555,14 +582,13 @@ impl Qmp {
 
     fn exchange(
         &mut self,
-        command: Command,
+        doing: &'static str,
         arguments: &Value,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
         if !self.usable {
             return Err(QmpError::Broken);
         }
-        let doing = command.word();
         let id = self.next_id;
         self.next_id += 1;
         let mut line =

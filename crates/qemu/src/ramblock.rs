@@ -7,12 +7,13 @@
 //! of a virtio-pmem device is never named (seen in 7.2 and 10.0).
 
 use crate::text::{Excerpt, hex_0x};
+use serde::{Deserialize, Serialize};
 
 /// RAMBlocks that a text may hold; a machine with 256 DIMMs and 100 devices has about 500.
 const MAX_BLOCKS: usize = 65_536;
 
 /// One RAMBlock: memory that QEMU allocated for a guest or a device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamBlock {
     /// QEMU's `idstr`: MemoryRegion name, before it the device's path. Empty for virtio-pmem.
     pub name: String,

@@ -14,7 +14,7 @@ use crate::ramblock::{self, RamBlock, RamBlockError};
 use crate::text::Excerpt;
 use evidence::map::MapError;
 use evidence::{GuestRange, Kind, MemoryMap, Region};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -30,7 +30,7 @@ const MAX_RANGE: u64 = 1 << 46;
 const TRIES: usize = 5;
 
 /// One region and where QEMU keeps it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ViewRegion {
     /// The region; `mapping` and `page_size` are absent, they are the host's to say.
     pub region: Region,
@@ -44,7 +44,7 @@ pub struct ViewRegion {
 }
 
 /// A guest's memory as QEMU saw it at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestView {
     /// Text of `info mtree -f -o`.
     pub mtree: String,

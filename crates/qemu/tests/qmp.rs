@@ -369,7 +369,7 @@ fn the_transcript_holds_every_command() {
     script.join().unwrap();
     let told: Vec<_> = told.lock().unwrap().drain(..).collect();
     let short: Vec<_> =
-        told.iter().map(|(command, _, outcome, _)| (command.word(), *outcome)).collect();
+        told.iter().map(|(command, _, outcome, _)| (*command, *outcome)).collect();
     assert_eq!(
         short,
         [

@@ -3,18 +3,30 @@
 //! `live` is two whole passes over the running guest and no hold. A page that is the same in both
 //! had that value at the instant between them (unless it changed and changed back); the others
 //! are the smear map. The second pass is what the store keeps.
+//!
+//! `freeze` is one pass inside a hold, and before it ends an audit read: a random sample of the
+//! pages is read again and compared. While the guest is held only memory is written that was
+//! faulted in before.
 
 use crate::copy::{self, Cell, Changed, Cut, Scratch, Setting};
 use crate::event::{Event, Observer, Phase};
+use crate::guardian::{GRACE, Guardian, GuardianError};
+use crate::log::Log;
+use crate::plan::{AUDIT_PAGES, HoldKind, PlannedHold};
 use crate::stop::Stop;
-use evidence::block::index;
+use crate::told;
+use evidence::block::{BLOCK_PAGES, index};
 use evidence::digest::sha256;
+use evidence::manifest::{Audit, Hold};
 use evidence::record::Span;
 use evidence::state::pages;
 use evidence::{GuestRange, PageState};
-use host::{Gone, GuestMemory, Source, Store};
+use host::hold::{self, HoldError, Limits};
+use host::{Gone, GuestMemory, Process, Source, Store};
 use std::io;
-use std::time::Instant;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Why a pass could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -55,8 +67,8 @@ pub struct Work<'a> {
     pub source: &'a GuestMemory,
     /// Where they rest.
     pub store: &'a dyn Store,
-    /// The beginning of the acquisition.
-    pub origin: Instant,
+    /// The journal, whose beginning is time 0. Nothing is added while the guest is held.
+    pub log: &'a Log,
     /// Worker threads.
     pub workers: usize,
     /// Bytes per second, all workers together.
@@ -68,29 +80,31 @@ pub struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Nanoseconds since the acquisition began: 2^64 of them are 584 years.
+    /// Nanoseconds since the acquisition began.
     fn now(&self) -> u64 {
-        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        self.log.now_ns()
     }
 
+    /// One pass, which ends at `until`, done or not.
     fn pass(
         &self,
         n: u32,
+        until: Option<Instant>,
         passes: &mut Vec<Pass>,
         cells: &mut [Cell],
+        scratches: &mut [Scratch],
         block: impl Fn(&mut Cell, &mut Scratch) -> Result<(), PassError> + Sync,
     ) -> Result<(), Cut<PassError>> {
-        self.source.begin_pass().map_err(|error| Cut::Failed(PassError::Mappings(error)))?;
         let setting = Setting {
-            workers: self.workers,
             max_rate: self.max_rate,
             stop: self.stop,
+            until,
             observer: self.observer,
             phase: Phase::Capture,
             pass: Some(n),
         };
         let t0_ns = self.now();
-        let result = copy::each(cells, &setting, block);
+        let result = copy::each(cells, &setting, scratches, block);
         let span = Span { t0_ns, t1_ns: self.now() };
         let changed_pages = (n > 1).then(|| cells.iter().map(changed_pages).sum());
         let bytes = cells.iter().filter(|cell| cell.pass == n).map(|cell| cell.block.len()).sum();
@@ -106,6 +120,11 @@ impl Work<'_> {
             changed_pages,
         });
         Ok(())
+    }
+
+    /// Looks at the mappings and decides how each is read: before the guest is held.
+    fn begin_pass(&self) -> Result<(), Cut<PassError>> {
+        self.source.begin_pass().map_err(|error| Cut::Failed(PassError::Mappings(error)))
     }
 
     fn read(
@@ -135,8 +154,285 @@ pub fn live(
     cells: &mut [Cell],
     passes: &mut Vec<Pass>,
 ) -> Result<(), Cut<PassError>> {
-    work.pass(1, passes, cells, |cell, scratch| first(work, cell, scratch))?;
-    work.pass(2, passes, cells, |cell, scratch| again(work, 2, cell, scratch))
+    let mut scratches = Scratch::for_workers(work.workers);
+    let scratches = scratches.as_mut_slice();
+    work.begin_pass()?;
+    work.pass(1, None, passes, cells, scratches, |cell, scratch| first(work, cell, scratch))?;
+    work.begin_pass()?;
+    work.pass(2, None, passes, cells, scratches, |cell, scratch| again(work, 2, cell, scratch))
+}
+
+/// How often a hold is tried: a thread in uninterruptible I/O lets all others go again.
+const TRIES: u32 = 5;
+
+/// How long the guest runs undisturbed between two tries.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// What a hold gave.
+#[derive(Debug)]
+pub struct Frozen {
+    /// The hold.
+    pub hold: Hold,
+    /// The audit read and its time; absent when the pass was cut short.
+    pub audit: Option<(Audit, Span)>,
+    /// How the pass ended.
+    pub end: Result<(), Cut<PassError>>,
+    /// What went otherwise than it should around the hold: it may void the class.
+    pub doubts: Vec<String>,
+}
+
+/// Why there was no hold. Nothing was read, and the guest runs as before.
+#[derive(Debug, thiserror::Error)]
+pub enum NotHeld {
+    /// The guardian would not, or QEMU would not.
+    #[error("the guest could not be held: {0}")]
+    Guardian(#[from] GuardianError),
+    /// The kernel or the process would not.
+    #[error("the guest could not be held: {0}")]
+    Ptrace(#[from] HoldError),
+    /// The host's side of the map is no longer what it was.
+    #[error("the process's mappings changed")]
+    Mappings(#[source] host::HostError),
+}
+
+/// `freeze`: one pass and an audit read inside a hold of the guest.
+///
+/// # Errors
+/// [`NotHeld`]; all that happens after the guest was held is in [`Frozen`].
+pub fn freeze(
+    work: &Work<'_>,
+    process: &Process,
+    planned: &PlannedHold,
+    guardian: &mut Guardian,
+    cells: &mut [Cell],
+    passes: &mut Vec<Pass>,
+) -> Result<Frozen, NotHeld> {
+    work.source.begin_pass().map_err(NotHeld::Mappings)?;
+    let mut freezer = Freezer {
+        work,
+        planned,
+        cells,
+        passes,
+        scratches: Scratch::for_workers(work.workers),
+        picks: Picks::new(),
+    };
+    match planned.kind {
+        HoldKind::Ptrace => freezer.by_ptrace(process, guardian),
+        HoldKind::Stop => freezer.by_stop(guardian),
+    }
+}
+
+/// Everything that the hold needs, ready before it.
+struct Freezer<'a> {
+    work: &'a Work<'a>,
+    planned: &'a PlannedHold,
+    cells: &'a mut [Cell],
+    passes: &'a mut Vec<Pass>,
+    scratches: Vec<Scratch>,
+    picks: Picks,
+}
+
+/// What was done inside the hold.
+struct Inside {
+    end: Result<(), Cut<PassError>>,
+    audit: Option<(Audit, Span)>,
+    /// Just before the first read.
+    held_ns: u64,
+    /// Just after the last.
+    released_ns: u64,
+}
+
+impl Freezer<'_> {
+    fn by_ptrace(
+        &mut self,
+        process: &Process,
+        guardian: &mut Guardian,
+    ) -> Result<Frozen, NotHeld> {
+        let at_most = Duration::from_nanos(self.planned.at_most_ns);
+        let limits = Limits {
+            stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
+            tries: 1,
+            pause: Duration::ZERO,
+            hold_at_most: at_most + GRACE,
+        };
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let force = host::clock::monotonic_ns() + self.planned.at_most_ns;
+            guardian.arm(force + 2 * nanos(GRACE))?;
+            let until = Instant::now() + at_most;
+            let held = hold::during(process, &limits, |hold| {
+                let threads = u32::try_from(hold.threads()).unwrap_or(u32::MAX);
+                let inside = self.inside(threads, until);
+                (inside, threads, hold.lasted())
+            });
+            // The guest goes on: whatever the guardian says now changes nothing of that.
+            let disarmed = guardian.disarm();
+            let ((inside, threads, lasted), held) = match held {
+                Ok(held) => held,
+                Err(HoldError::NotStopped { .. }) if tries < TRIES && !self.work.stop.asked() => {
+                    self.work.log.add("hold-given-up", serde_json::json!({ "try": tries }));
+                    thread::sleep(PAUSE);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let at = |instant: Instant| nanos(instant.saturating_duration_since(self.work.log.origin()));
+            let hold = Hold {
+                kind: HoldKind::Ptrace,
+                began_ns: at(held.began),
+                held_ns: inside.held_ns,
+                released_ns: inside.released_ns,
+                ended_ns: at(held.released),
+                threads,
+                tries,
+                lasted: lasted && held.lasted,
+                budget_ns: self.planned.at_most_ns,
+                expected_ns: self.planned.expected_ns,
+            };
+            self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
+            let mut doubts = Vec::new();
+            if let Err(error) = disarmed {
+                doubts.push(format!("while the guest was held {error}"));
+            }
+            return Ok(Frozen { hold, audit: inside.audit, end: inside.end, doubts });
+        }
+    }
+
+    fn by_stop(&mut self, guardian: &mut Guardian) -> Result<Frozen, NotHeld> {
+        let at_most = Duration::from_nanos(self.planned.at_most_ns);
+        let until = Instant::now() + at_most;
+        let force = host::clock::monotonic_ns() + self.planned.at_most_ns + nanos(GRACE);
+        let stopped = guardian.stop(force)?;
+        let inside = self.inside(0, until);
+        let mut doubts = Vec::new();
+        let continued = guardian.cont(force).map_err(|error| {
+            doubts.push(format!("while the guest was held {error}"));
+        });
+        let now = self.work.now();
+        let log = self.work.log;
+        let (lasted, ended_ns) = match &continued {
+            Ok(continued) => (continued.lasted, log.since_ns(continued.ended_ns)),
+            Err(()) => (false, now),
+        };
+        let hold = Hold {
+            kind: HoldKind::Stop,
+            began_ns: log.since_ns(stopped.began_ns),
+            held_ns: inside.held_ns,
+            released_ns: inside.released_ns,
+            ended_ns,
+            threads: 0,
+            tries: 1,
+            lasted,
+            budget_ns: self.planned.at_most_ns,
+            expected_ns: self.planned.expected_ns,
+        };
+        self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
+        Ok(Frozen { hold, audit: inside.audit, end: inside.end, doubts })
+    }
+
+    /// The pass and the audit read: the guest is held.
+    fn inside(&mut self, threads: u32, until: Instant) -> Inside {
+        let work = self.work;
+        work.observer.event(Event::Held { threads });
+        let held_ns = work.now();
+        let scratches = self.scratches.as_mut_slice();
+        let block = |cell: &mut Cell, scratch: &mut Scratch| first(work, cell, scratch);
+        let end = work.pass(1, Some(until), self.passes, self.cells, scratches, block);
+        let audit =
+            end.is_ok().then(|| audit(work, self.cells, scratches, &mut self.picks, until));
+        Inside { end, audit, held_ns, released_ns: work.now() }
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Random numbers, seeded by the kernel before the guest is held: nobody can know which pages are
+/// read again.
+struct Picks(u64);
+
+impl Picks {
+    fn new() -> Self {
+        Self(host::random::seed())
+    }
+
+    /// SplitMix64.
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// A number below `end`, which is not 0.
+    fn below(&mut self, end: usize) -> usize {
+        index(self.next() % (end.max(1) as u64))
+    }
+
+    /// Pages that were read, at most `count`, each as likely as any other.
+    fn pages(&mut self, cells: &[Cell], count: u64) -> Vec<GuestRange> {
+        let count = index(count);
+        let mut picked = Vec::with_capacity(count);
+        // A guest of mostly holes gives fewer.
+        for _ in 0..count * 16 {
+            if picked.len() == count || cells.is_empty() {
+                break;
+            }
+            let (cell, page) = (self.below(cells.len()), self.below(BLOCK_PAGES));
+            let Some(cell) = cells.get(cell) else { continue };
+            if cell.states.get(page) == Some(&PageState::Data) {
+                picked.extend(pages(cell.block).nth(page));
+            }
+        }
+        picked
+    }
+}
+
+/// Reads a random sample again and compares it with the store: as much as fits before `until`.
+fn audit(
+    work: &Work<'_>,
+    cells: &[Cell],
+    scratches: &mut [Scratch],
+    picks: &mut Picks,
+    until: Instant,
+) -> (Audit, Span) {
+    let t0_ns = work.now();
+    let picked = picks.pages(cells, AUDIT_PAGES);
+    let share = picked.len().div_ceil(scratches.len().max(1)).max(1);
+    let differing = Mutex::new(Vec::new());
+    let read = |pages: &[GuestRange], scratch: &mut Scratch| -> u64 {
+        let mut count = 0;
+        for page in pages {
+            if Instant::now() >= until {
+                break;
+            }
+            let (new, old, states) = scratch.parts(*page);
+            let same = work.source.read(*page, new, states).is_ok()
+                && work.store.get(*page, old).is_ok()
+                && new == old;
+            if !same {
+                differing.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(page.start());
+            }
+            count += 1;
+        }
+        count
+    };
+    let read = &read;
+    let count = thread::scope(|scope| {
+        let threads: Vec<_> = picked
+            .chunks(share)
+            .zip(scratches)
+            .map(|(pages, scratch)| scope.spawn(move || read(pages, scratch)))
+            .collect();
+        // A worker that panicked has compared nothing.
+        threads.into_iter().map(|thread| thread.join().unwrap_or(0)).sum()
+    });
+    let mut differing = differing.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    differing.sort_unstable();
+    (Audit::new(count, &differing), Span { t0_ns, t1_ns: work.now() })
 }
 
 /// Reads a block for the first time. The store holds zeros until then, so only data is put.

@@ -1,0 +1,686 @@
+//! The guardian: a process of its own that alone speaks with QEMU, keeps the deadline of every
+//! hold, and undoes what was done when the others die or hang. It never sees a byte of the guest.
+//!
+//! This file is both ends: [`run`] is the process, [`Guardian`] is how capture asks it. When it
+//! dies or hangs itself, capture kills it and starts another one, which begins by undoing what the
+//! file of [`crate::undo`] says; when both are gone, `stillframe recover` does the same.
+
+use crate::find::Target;
+use crate::log::Log;
+use crate::monitor::{AskError, Asked, AskedAgain, Monitor, Note, Notes, Whom};
+use crate::role::{self, Peer, Role};
+use crate::undo::{Line, Undo, UndoError, Who};
+use crate::{Failure, plan, told};
+use evidence::manifest;
+use host::Process;
+use host::channel::{self, Channel, ChannelError};
+use host::clock::monotonic_ns;
+use qemu::qmp::Change;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// How long the queries of a look may take in all.
+const LOOK: Duration = Duration::from_secs(120);
+
+/// How long the guardian may take for what needs no QEMU.
+const PROMPT: Duration = Duration::from_secs(2);
+
+/// How long QEMU may take to let the guest go on.
+const CONT: Duration = Duration::from_secs(5);
+
+/// What the guardian and the kernel leave a hold beyond its budget before they end it by force.
+pub const GRACE: Duration = Duration::from_millis(40);
+
+/// What capture asks.
+#[derive(Debug, Serialize, Deserialize)]
+enum Ask {
+    /// The first message.
+    Begin { whom: Whom, target: Who, capture: Who, undo: PathBuf },
+    /// Everything that is asked before anything is decided.
+    Look,
+    /// What is asked once more after the last read.
+    Again,
+    /// A hold by ptrace begins now and ends by this time of CLOCK_MONOTONIC.
+    Arm { until_ns: u64 },
+    /// It has ended.
+    Disarm,
+    /// Stop the guest, and let it go on by this time at the latest.
+    Stop { until_ns: u64 },
+    /// Let it go on.
+    Cont,
+    /// Give the monitor to others.
+    Leave,
+    /// The end.
+    Bye,
+}
+
+/// An answer and the journal's lines of what was done for it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Answer {
+    notes: Vec<Note>,
+    reply: Result<Reply, AskError>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Reply {
+    /// Begun: the rights that were kept, and what was undone of a run before.
+    Begun { rights: manifest::Process, undone: Option<Undone> },
+    /// To [`Ask::Look`].
+    Looked(Box<Asked>),
+    /// To [`Ask::Again`].
+    Again(Box<AskedAgain>),
+    /// To [`Ask::Stop`].
+    Stopped(Stopped),
+    /// To [`Ask::Cont`].
+    Continued(Continued),
+    /// Done.
+    Done,
+}
+
+/// A guest that QEMU stopped. Times are CLOCK_MONOTONIC in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    /// Before `stop` was sent.
+    pub began_ns: u64,
+    /// After it was answered.
+    pub held_ns: u64,
+    /// Whether it was sent: a VM found paused was not asked.
+    pub asked: bool,
+}
+
+/// A guest that goes on. Times are CLOCK_MONOTONIC in nanoseconds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Continued {
+    /// Before `cont` was sent.
+    pub released_ns: u64,
+    /// After it was answered.
+    pub ended_ns: u64,
+    /// The guest was stopped all the time, as far as QEMU tells.
+    pub lasted: bool,
+    /// The run state afterwards.
+    pub run_state: String,
+    /// The guest is as it was found: running, if it was.
+    pub as_found: bool,
+}
+
+/// What was undone of a run that had died.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undone {
+    /// What it had announced: `ptrace` or `stop`.
+    pub held: String,
+    /// What was found and done, for people.
+    pub text: String,
+    /// The guest runs, or was not left stopped by us.
+    pub as_found: bool,
+}
+
+/// Undoes what is announced in `undo` and not taken back; `None` when there is nothing.
+///
+/// Only a VM that a `stop` of ours stopped is told to go on: one that runs, or is in another state
+/// than `paused`, is left as it is.
+///
+/// # Errors
+/// QEMU could not be asked; what is announced stays announced.
+pub fn undo(
+    undo: &mut Undo,
+    monitor: &mut Option<Monitor>,
+    notes: &Notes,
+) -> Result<Option<Undone>, AskError> {
+    let unreadable = |error: io::Error| AskError::Query(format!("{}: {error}", "the undo file"));
+    let left = undo.left().map_err(unreadable)?;
+    let (Some(Line::Begin { target, name, sockets, .. }), Some(held)) = (left.begin, left.held)
+    else {
+        return Ok(None);
+    };
+    let undone = match held {
+        // The kernel let the threads go when their holder ended.
+        Line::Ptrace { .. } => Undone {
+            held: "ptrace".to_owned(),
+            text: "its threads were held by ptrace; the kernel has let them go".to_owned(),
+            as_found: true,
+        },
+        _ if target.open().is_none() => Undone {
+            held: "stop".to_owned(),
+            text: "the VM had been stopped, and is gone".to_owned(),
+            as_found: true,
+        },
+        _ => {
+            let (accelerator, confidential) = (String::new(), None);
+            let whom = Whom { name, pid: target.pid, sockets, accelerator, confidential };
+            let monitor = match monitor {
+                Some(monitor) => monitor,
+                None => monitor.insert(Monitor::open(&whom, notes)?),
+            };
+            let found = monitor.run_state()?;
+            let text = if found == "paused" {
+                monitor.change(Change::Cont, CONT)?;
+                format!("the VM had been stopped; it was told to go on and is {:?}", monitor.run_state()?)
+            } else {
+                format!("the VM had been stopped, and is {found:?} already")
+            };
+            Undone { held: "stop".to_owned(), text, as_found: true }
+        }
+    };
+    notes.add("undone", json!({ "held": undone.held, "text": undone.text }));
+    undo.write(&Line::Free).map_err(unreadable)?;
+    Ok(Some(undone))
+}
+
+/// The process.
+pub fn run(channel: Channel) -> ExitCode {
+    match Keeper::begin(channel) {
+        Ok(keeper) => keeper.serve(),
+        Err(error) => {
+            eprintln!("stillframe: guardian: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A hold under way.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    /// By QEMU, and not by capture's ptrace.
+    by_qemu: bool,
+    /// `stop` was sent.
+    asked: bool,
+    /// The end by force.
+    until_ns: u64,
+}
+
+struct Keeper {
+    channel: Channel,
+    undo: Undo,
+    whom: Whom,
+    capture: Process,
+    monitor: Option<Monitor>,
+    notes: Notes,
+    held: Option<Held>,
+    /// The last hold was ended by us.
+    expired: bool,
+}
+
+impl Keeper {
+    fn begin(mut channel: Channel) -> Result<Self, String> {
+        let notes = Notes::default();
+        let begin: Ask = role::hear(&mut channel, PROMPT).map_err(|e| e.to_string())?;
+        let Ask::Begin { whom, target, capture: who, undo: path } = begin else {
+            return Err("not asked to begin".to_owned());
+        };
+        let fd = channel.receive_fds(1).map_err(|e| e.to_string())?.pop();
+        let mut undo_file = Undo::of(fd.ok_or("no undo file")?, path);
+        let capture = who.open().ok_or("the process that reads is gone")?;
+        let in_force = host::sandbox::guardian().map_err(|e| e.to_string())?;
+        let mut monitor = None;
+        let undone = undo(&mut undo_file, &mut monitor, &notes);
+        let guardian = Who::me().ok_or("no /proc")?;
+        let line = Line::Begin {
+            target,
+            name: whom.name.clone(),
+            sockets: whom.sockets.clone(),
+            capture: who,
+            guardian,
+        };
+        undo_file.write(&line).map_err(|e| e.to_string())?;
+        let rights = role::rights(Role::Guardian.word(), std::process::id(), &in_force);
+        let reply = undone.map(|undone| Reply::Begun { rights, undone });
+        let mut keeper = Self {
+            channel,
+            undo: undo_file,
+            whom,
+            capture,
+            monitor,
+            notes,
+            held: None,
+            expired: false,
+        };
+        keeper.answer(reply).map_err(|e| e.to_string())?;
+        Ok(keeper)
+    }
+
+    fn answer(&mut self, reply: Result<Reply, AskError>) -> Result<(), ChannelError> {
+        let answer = Answer { notes: self.notes.take(), reply };
+        role::say(&mut self.channel, &answer, PROMPT)
+    }
+
+    /// Answers until capture says goodbye or ends; then everything is undone.
+    fn serve(mut self) -> ExitCode {
+        loop {
+            let within = self.held.map(|held| until(held.until_ns));
+            let fds = [self.channel.as_fd(), self.capture.pidfd()];
+            let Ok(ready) = channel::wait(&fds, within) else { break };
+            if self.held.is_some_and(|held| monotonic_ns() >= held.until_ns) {
+                self.expire();
+                continue;
+            }
+            match ready.as_slice() {
+                [true, _] => {}
+                [_, true] => break,
+                _ => continue,
+            }
+            let Ok(ask) = role::hear::<Ask>(&mut self.channel, PROMPT) else { break };
+            let reply = match ask {
+                Ask::Bye => {
+                    let clean = self.finish();
+                    let _ = self.answer(Ok(Reply::Done));
+                    return clean;
+                }
+                other => self.act(other),
+            };
+            if self.answer(reply).is_err() {
+                break;
+            }
+        }
+        self.finish()
+    }
+
+    fn act(&mut self, ask: Ask) -> Result<Reply, AskError> {
+        match ask {
+            Ask::Look => {
+                let whom = self.whom.clone();
+                Ok(Reply::Looked(Box::new(self.monitor()?.look(&whom)?)))
+            }
+            Ask::Again => Ok(Reply::Again(Box::new(self.monitor()?.again()?))),
+            Ask::Arm { until_ns } => {
+                self.announce(&Line::Ptrace { until_ns })?;
+                self.expired = false;
+                self.held = Some(Held { by_qemu: false, asked: false, until_ns });
+                Ok(Reply::Done)
+            }
+            Ask::Disarm => {
+                self.held = None;
+                self.announce(&Line::Free)?;
+                Ok(Reply::Done)
+            }
+            Ask::Stop { until_ns } => self.stop(until_ns).map(Reply::Stopped),
+            Ask::Cont => self.cont().map(Reply::Continued),
+            Ask::Leave => {
+                self.monitor = None;
+                Ok(Reply::Done)
+            }
+            Ask::Begin { .. } | Ask::Bye => Err(AskError::Query("asked out of turn".to_owned())),
+        }
+    }
+
+    /// The monitor, opened at the first question.
+    fn monitor(&mut self) -> Result<&mut Monitor, AskError> {
+        match &mut self.monitor {
+            Some(monitor) => Ok(monitor),
+            none => Ok(none.insert(Monitor::open(&self.whom, &self.notes)?)),
+        }
+    }
+
+    fn announce(&mut self, line: &Line) -> Result<(), AskError> {
+        self.undo.write(line).map_err(|error| {
+            AskError::Query(format!("cannot write {}: {error}", self.undo.path().display()))
+        })
+    }
+
+    fn stop(&mut self, until_ns: u64) -> Result<Stopped, AskError> {
+        self.expired = false;
+        let found = self.monitor()?.run_state()?;
+        // Whatever QEMU told of runs and stops before this is not about this hold.
+        self.monitor()?.heard("RESUME");
+        if found != "running" {
+            let now = monotonic_ns();
+            self.held = Some(Held { by_qemu: true, asked: false, until_ns });
+            return Ok(Stopped { began_ns: now, held_ns: now, asked: false });
+        }
+        self.announce(&Line::Stop { until_ns })?;
+        let began_ns = monotonic_ns();
+        self.held = Some(Held { by_qemu: true, asked: true, until_ns });
+        let stopped = self.monitor()?.change(Change::Stop, until(until_ns));
+        let state = stopped.and_then(|()| self.monitor()?.run_state());
+        let held_ns = monotonic_ns();
+        match state {
+            Ok(state) if state == "paused" && held_ns < until_ns => {
+                Ok(Stopped { began_ns, held_ns, asked: true })
+            }
+            // It may have been carried out all the same: answers come in order.
+            other => {
+                let went_on = self.cont();
+                let why = other.map_or_else(
+                    |error| error.to_string(),
+                    |state| format!("the VM is {state:?} after {} ns", held_ns - began_ns),
+                );
+                went_on?;
+                Err(AskError::Query(format!("the guest could not be stopped in time: {why}")))
+            }
+        }
+    }
+
+    fn cont(&mut self) -> Result<Continued, AskError> {
+        let Some(held) = self.held.filter(|held| held.by_qemu) else {
+            let (now, run_state) = (monotonic_ns(), self.monitor()?.run_state()?);
+            let (lasted, as_found) = (false, true);
+            return Ok(Continued { released_ns: now, ended_ns: now, lasted, run_state, as_found });
+        };
+        let found = self.monitor()?.run_state()?;
+        let stood = found == "paused" || !held.asked;
+        let lasted = stood && found != "running" && !self.expired && !self.monitor()?.heard("RESUME");
+        let released_ns = monotonic_ns();
+        if held.asked && found == "paused" {
+            self.monitor()?.change(Change::Cont, CONT)?;
+        }
+        let run_state = self.monitor()?.run_state()?;
+        let ended_ns = monotonic_ns();
+        let as_found = !held.asked || run_state != "paused";
+        if as_found {
+            self.held = None;
+            self.announce(&Line::Free)?;
+        }
+        Ok(Continued { released_ns, ended_ns, lasted, run_state, as_found })
+    }
+
+    /// A hold lasted longer than it may.
+    fn expire(&mut self) {
+        let Some(held) = self.held else { return };
+        self.expired = true;
+        if held.by_qemu {
+            self.notes.add("hold-expired", json!({ "by": "cont" }));
+            let went_on = self.cont();
+            if let Err(error) = went_on {
+                self.notes.add("hold-expired", json!({ "error": error.to_string() }));
+                // Tried again until QEMU takes it.
+                self.held = Some(Held { until_ns: monotonic_ns() + 100_000_000, ..held });
+            }
+            return;
+        }
+        // Only the end of the thread that holds lets go when it does not do so itself.
+        self.held = None;
+        let _ = host::process::end_by_force(&self.capture);
+    }
+
+    /// Undoes what is still to be undone; takes the file away when nothing is.
+    fn finish(&mut self) -> ExitCode {
+        // Of ptrace there is nothing to undo once capture is gone.
+        let until = Instant::now() + LOOK;
+        loop {
+            match undo(&mut self.undo, &mut self.monitor, &self.notes) {
+                Ok(_) => {
+                    self.undo.remove();
+                    return ExitCode::SUCCESS;
+                }
+                Err(_) if Instant::now() < until => {
+                    self.monitor = None;
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(error) => {
+                    eprintln!("stillframe: guardian: {error}");
+                    return ExitCode::FAILURE;
+                }
+            }
+        }
+    }
+}
+
+/// How long it is until `until_ns` of CLOCK_MONOTONIC.
+fn until(until_ns: u64) -> Duration {
+    Duration::from_nanos(until_ns.saturating_sub(monotonic_ns()))
+}
+
+/// The guardian, as capture has it.
+#[derive(Debug)]
+pub struct Guardian {
+    peer: Peer,
+    undo: Undo,
+    whom: Whom,
+    target: Who,
+    capture: Who,
+    log: Log,
+    /// The rights of every guardian that there was.
+    pub rights: Vec<manifest::Process>,
+    /// What was undone: of a run before, or when a guardian was lost.
+    pub undone: Vec<Undone>,
+    /// How many guardians were lost.
+    pub lost: u32,
+    /// The guest could not be brought back to what it was.
+    pub not_as_found: Option<String>,
+}
+
+/// Why the guardian did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardianError {
+    /// QEMU would not.
+    #[error(transparent)]
+    Ask(#[from] AskError),
+    /// It died or hung, and another one took its place: what was held is let go.
+    #[error("the guardian was lost ({0}); another one took its place")]
+    Lost(#[source] ChannelError),
+    /// It died or hung, and no other could take its place.
+    #[error("the guardian was lost ({lost}), and no other could be started: {error}")]
+    Alone {
+        /// What happened to it.
+        #[source]
+        lost: ChannelError,
+        /// Why there is no other.
+        error: String,
+    },
+}
+
+impl Guardian {
+    /// Takes the VM for this process and starts its guardian, which first undoes what a dead run
+    /// left.
+    ///
+    /// # Errors
+    /// [`Failure::Refused`] when somebody else works on the VM.
+    pub fn start(target: &Target, log: &Log) -> Result<Self, Failure> {
+        let refuse = |reason: String, remedy: &str| {
+            let remedies = vec![remedy.to_owned()];
+            Failure::Refused(plan::Refusal { reason, rejected: Vec::new(), remedies })
+        };
+        let who = Who::of(&target.process);
+        let undo = Undo::take(who).map_err(|error| match error {
+            UndoError::Taken { .. } => refuse(
+                error.to_string(),
+                "wait for it; if it hangs, `stillframe recover` ends it",
+            ),
+            UndoError::File { .. } => refuse(told(&error), "run as root, or set XDG_RUNTIME_DIR"),
+        })?;
+        let capture = Who::me().ok_or_else(|| {
+            let pid = std::process::id();
+            Failure::Host(host::HostError::Exited { pid })
+        })?;
+        let whom = target.whom();
+        let peer = begin(&whom, who, capture, &undo, log).map_err(|error| match error {
+            Begin::Ask(error) => Failure::Asked(error),
+            Begin::Start(text) => refuse(
+                format!("the guardian could not be started: {text}"),
+                "/proc must be mounted, and processes to be had",
+            ),
+        })?;
+        let (peer, rights, undone) = peer;
+        log.add("guardian", json!({ "pid": peer.pid(), "undo": undo.path(), "rights": rights }));
+        Ok(Self {
+            peer,
+            undo,
+            whom,
+            target: who,
+            capture,
+            log: log.clone(),
+            rights: vec![rights],
+            undone: undone.into_iter().collect(),
+            lost: 0,
+            not_as_found: None,
+        })
+    }
+
+    /// Everything that is asked before anything is decided.
+    ///
+    /// # Errors
+    /// [`GuardianError`].
+    pub fn look(&mut self) -> Result<Asked, GuardianError> {
+        match self.ask(&Ask::Look, LOOK)? {
+            Reply::Looked(asked) => Ok(*asked),
+            other => self.out_of_turn(&other),
+        }
+    }
+
+    /// What is asked once more after the last read.
+    ///
+    /// # Errors
+    /// [`GuardianError`].
+    pub fn again(&mut self) -> Result<AskedAgain, GuardianError> {
+        match self.ask(&Ask::Again, LOOK)? {
+            Reply::Again(asked) => Ok(*asked),
+            other => self.out_of_turn(&other),
+        }
+    }
+
+    /// Announces a hold by ptrace: past `until_ns` the guardian kills this process.
+    ///
+    /// # Errors
+    /// [`GuardianError`]: there must be no hold then.
+    pub fn arm(&mut self, until_ns: u64) -> Result<(), GuardianError> {
+        self.ask(&Ask::Arm { until_ns }, PROMPT).map(drop)
+    }
+
+    /// The hold by ptrace has ended.
+    ///
+    /// # Errors
+    /// [`GuardianError`]; the guest is let go all the same.
+    pub fn disarm(&mut self) -> Result<(), GuardianError> {
+        self.ask(&Ask::Disarm, PROMPT).map(drop)
+    }
+
+    /// Stops the guest by QEMU; past `until_ns` the guardian lets it go on.
+    ///
+    /// # Errors
+    /// [`GuardianError`]; the guest goes on then.
+    pub fn stop(&mut self, until_ns: u64) -> Result<Stopped, GuardianError> {
+        match self.ask(&Ask::Stop { until_ns }, until(until_ns) + GRACE)? {
+            Reply::Stopped(stopped) => Ok(stopped),
+            other => self.out_of_turn(&other),
+        }
+    }
+
+    /// Lets the guest go on.
+    ///
+    /// # Errors
+    /// [`GuardianError`]; when the guardian was lost, its successor has let the guest go on.
+    pub fn cont(&mut self, until_ns: u64) -> Result<Continued, GuardianError> {
+        match self.ask(&Ask::Cont, until(until_ns).max(GRACE))? {
+            Reply::Continued(continued) => {
+                if !continued.as_found {
+                    self.not_as_found = Some(format!("the VM is {:?}", continued.run_state));
+                }
+                Ok(continued)
+            }
+            other => self.out_of_turn(&other),
+        }
+    }
+
+    /// Gives the monitor to others.
+    pub fn leave(&mut self) {
+        // A lost guardian has no monitor either.
+        let _ = self.ask(&Ask::Leave, PROMPT);
+    }
+
+    /// Ends the guardian, and with it this process's claim to the VM.
+    pub fn bye(mut self) -> Parting {
+        if self.ask(&Ask::Bye, CONT).is_err() && self.not_as_found.is_none() {
+            // Its successor undid what there was, and goes with us.
+            let _ = self.ask(&Ask::Bye, CONT);
+        }
+        self.peer.end();
+        let (rights, undone) = (self.rights, self.undone);
+        Parting { rights, undone, lost: self.lost, not_as_found: self.not_as_found }
+    }
+
+    /// Asks, and writes what was done for the answer into the journal.
+    fn ask(&mut self, ask: &Ask, within: Duration) -> Result<Reply, GuardianError> {
+        let answer: Result<Answer, ChannelError> =
+            self.peer.say(ask, within.min(PROMPT)).and_then(|()| self.peer.hear(within));
+        match answer {
+            Ok(Answer { notes, reply }) => {
+                self.log.add_notes(notes);
+                Ok(reply?)
+            }
+            Err(lost) => Err(self.replace(lost)),
+        }
+    }
+
+    fn out_of_turn<T>(&mut self, reply: &Reply) -> Result<T, GuardianError> {
+        Err(self.replace(ChannelError::Form(format!("{reply:?} out of turn"))))
+    }
+
+    /// The guardian does not answer: it is killed, and another one undoes what it left.
+    fn replace(&mut self, lost: ChannelError) -> GuardianError {
+        self.peer.kill();
+        self.lost += 1;
+        let began = begin(&self.whom, self.target, self.capture, &self.undo, &self.log);
+        match began {
+            Ok((peer, rights, undone)) => {
+                self.log.add(
+                    "guardian-lost",
+                    json!({ "why": lost.to_string(), "pid": peer.pid(), "undone": undone }),
+                );
+                self.peer = peer;
+                self.rights.push(rights);
+                self.undone.extend(undone);
+                GuardianError::Lost(lost)
+            }
+            Err(Begin::Ask(error)) => self.alone(lost, error.to_string()),
+            Err(Begin::Start(error)) => self.alone(lost, error),
+        }
+    }
+
+    fn alone(&mut self, lost: ChannelError, error: String) -> GuardianError {
+        let held = self.undo.left().ok().and_then(|left| left.held);
+        if matches!(held, Some(Line::Stop { .. })) {
+            self.not_as_found = Some(format!("the VM may still be stopped: {error}"));
+        }
+        GuardianError::Alone { lost, error }
+    }
+}
+
+/// What is known when the guardian is gone.
+#[derive(Clone, Debug, Default)]
+pub struct Parting {
+    /// The rights of every guardian that there was.
+    pub rights: Vec<manifest::Process>,
+    /// What was undone.
+    pub undone: Vec<Undone>,
+    /// How many guardians were lost.
+    pub lost: u32,
+    /// The guest could not be brought back to what it was.
+    pub not_as_found: Option<String>,
+}
+
+/// Why a guardian did not begin.
+enum Begin {
+    /// It could not undo what was left.
+    Ask(AskError),
+    /// It could not be started, or died.
+    Start(String),
+}
+
+type Begun = (Peer, manifest::Process, Option<Undone>);
+
+/// Starts a guardian process and waits until it has undone what there was.
+fn begin(
+    whom: &Whom,
+    target: Who,
+    capture: Who,
+    undo: &Undo,
+    log: &Log,
+) -> Result<Begun, Begin> {
+    let failed = |error: &dyn std::error::Error| Begin::Start(told(error));
+    let mut peer = Peer::start(Role::Guardian).map_err(|e| failed(&e))?;
+    let (whom, path) = (whom.clone(), undo.path().to_owned());
+    let begin = Ask::Begin { whom, target, capture, undo: path };
+    peer.say(&begin, PROMPT).map_err(|e| failed(&e))?;
+    peer.channel().send_fds(&[undo.as_fd()]).map_err(|e| failed(&e))?;
+    let Answer { notes, reply } = peer.hear(LOOK).map_err(|e| failed(&e))?;
+    log.add_notes(notes);
+    match reply {
+        Ok(Reply::Begun { rights, undone }) => Ok((peer, rights, undone)),
+        Ok(other) => Err(Begin::Start(format!("it said {other:?}"))),
+        Err(error) => Err(Begin::Ask(error)),
+    }
+}
