@@ -3,6 +3,7 @@
 //! ```text
 //! process ─> maps, pagemap ─> guest_memory (a Source) ─> store::{RamStore, DiskStore}
 //! peer, facts, memory, clock, oom, fs: what the host is and what it allows
+//! hold: all threads of a process stopped, and let go again
 //! exhibit_dir: where the exhibit is made and read
 //! ```
 //! Nothing here knows QEMU, monitors or formats. Guest memory is copied out, never lent, and
@@ -15,6 +16,7 @@ pub mod exhibit_dir;
 pub mod facts;
 pub mod fs;
 pub mod guest_memory;
+pub mod hold;
 mod kernel_text;
 pub mod maps;
 pub mod memory;
