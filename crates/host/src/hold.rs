@@ -554,7 +554,7 @@ impl<'a> Tracees<'a> {
                 thread::sleep(Duration::from_micros(100));
             }
             round += 1;
-            if round % 256 == 0 {
+            if round.is_multiple_of(256) {
                 self.find_zombie()?;
             }
         }
