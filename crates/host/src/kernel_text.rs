@@ -31,10 +31,14 @@ pub(crate) fn open_under(dir: impl AsFd, name: &str) -> io::Result<File> {
     Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?))
 }
 
+/// What stands behind `Name:` in the first such line of `text`.
+pub(crate) fn field<'t>(text: &'t str, name: &str) -> Option<&'t str> {
+    Some(text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?.trim())
+}
+
 /// The number in a line `Name:   123 kB` of `text`, in bytes.
 pub(crate) fn kib_field(text: &str, name: &str) -> Option<u64> {
-    let rest = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
-    let number = rest.trim().strip_suffix("kB")?.trim_end();
+    let number = field(text, name)?.strip_suffix("kB")?.trim_end();
     number.parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -48,6 +52,8 @@ mod tests {
         assert_eq!(kib_field(text, "VmRSS"), Some(1234 * 1024));
         assert_eq!(kib_field(text, "Rss"), None);
         assert_eq!(kib_field(text, "Bad"), None);
+        assert_eq!(field(text, "Bad"), Some("x kB"));
+        assert_eq!(field(text, "Ba"), None);
     }
 
     #[test]

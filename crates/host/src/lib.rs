@@ -3,6 +3,7 @@
 //! ```text
 //! process ─> maps, pagemap ─> guest_memory (a Source) ─> store::{RamStore, DiskStore}
 //! peer, facts, memory, clock, oom, fs: what the host is and what it allows
+//! hold: all threads of a process stopped, and let go; sandbox: the rights that we give up
 //! exhibit_dir: where the exhibit is made and read
 //! ```
 //! Nothing here knows QEMU, monitors or formats. Guest memory is copied out, never lent, and
@@ -16,6 +17,7 @@ pub mod exhibit_dir;
 pub mod facts;
 pub mod fs;
 pub mod guest_memory;
+pub mod hold;
 mod kernel_text;
 pub mod maps;
 pub mod memory;
@@ -26,6 +28,7 @@ pub mod privilege;
 pub mod process;
 pub mod ram_store;
 pub mod random;
+pub mod sandbox;
 pub mod scripted;
 pub mod shared_store;
 pub mod source;
