@@ -47,10 +47,7 @@ pub struct Cell {
 /// # Errors
 /// [`TooManyBlocks`] before anything is allocated.
 pub fn cells(map: &MemoryMap) -> Result<Vec<Cell>, TooManyBlocks> {
-    Ok(evidence::block::cut(map)?
-        .into_iter()
-        .map(Cell::new)
-        .collect())
+    Ok(evidence::block::cut(map)?.into_iter().map(Cell::new).collect())
 }
 
 impl Cell {

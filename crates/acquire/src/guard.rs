@@ -6,7 +6,7 @@ use crate::log::Log;
 use crate::look::Looked;
 use crate::plan::{Plan, StoreKind};
 use crate::record;
-use crate::seal::{Image, SealError};
+use crate::seal::SealError;
 use crate::stop::Stop;
 use crate::{Ending, Failure, Request, told};
 use evidence::exhibit;
@@ -123,7 +123,15 @@ fn reserve(
     let progress = |done_bytes, total_bytes| {
         tell.event(Event::Progress { phase: Phase::Reserve, pass: None, done_bytes, total_bytes });
     };
-    RamStore::reserve(segments, &looked.resident, &limit, progress, || stop.asked()).map(Some)
+    let store = RamStore::reserve(segments, &looked.resident, &limit, progress, || stop.asked())?;
+    if plan.hold.is_some() {
+        // A page of the store in swap would be waited for while the guest is held.
+        store.lock().map_err(|source| StoreError::Os {
+            what: "locking the store in memory (RLIMIT_MEMLOCK, CAP_IPC_LOCK)",
+            source,
+        })?;
+    }
+    Ok(Some(store))
 }
 
 impl Guarded {
@@ -135,17 +143,20 @@ impl Guarded {
         }
     }
 
-    /// Where they go when they are sealed.
-    pub fn image(&self) -> Image<'_> {
-        match self.ram {
-            Some(_) => Image::Apart(&self.file),
-            None => Image::InPlace(&self.file),
-        }
+    /// The RAM store, when there is one.
+    pub fn ram(&self) -> Option<&RamStore> {
+        self.ram.as_ref()
     }
 
-    /// Whether the store is the image itself.
-    pub fn is_in_place(&self) -> bool {
-        self.ram.is_none()
+    /// Faults in what the guest has touched since the store was reserved: shortly before a hold.
+    ///
+    /// # Errors
+    /// The host's; the store's limit.
+    pub fn top_up(&self, looked: &Looked) -> Result<(), StoreError> {
+        let Some(ram) = &self.ram else { return Ok(()) };
+        let blocks = evidence::block::cut(&looked.located.map)
+            .map_err(|error| StoreError::Layout(error.to_string()))?;
+        ram.extend(&looked.memory.resident(&blocks)?)
     }
 
     /// Gives the RAM store's memory back: everything in it is in the image.

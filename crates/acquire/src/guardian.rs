@@ -159,7 +159,10 @@ pub fn undo(
             let found = monitor.run_state()?;
             let text = if found == "paused" {
                 monitor.change(Change::Cont, CONT)?;
-                format!("the VM had been stopped; it was told to go on and is {:?}", monitor.run_state()?)
+                format!(
+                    "the VM had been stopped; it was told to go on and is {:?}",
+                    monitor.run_state()?
+                )
             } else {
                 format!("the VM had been stopped, and is {found:?} already")
             };
@@ -362,7 +365,8 @@ impl Keeper {
         };
         let found = self.monitor()?.run_state()?;
         let stood = found == "paused" || !held.asked;
-        let lasted = stood && found != "running" && !self.expired && !self.monitor()?.heard("RESUME");
+        let lasted =
+            stood && found != "running" && !self.expired && !self.monitor()?.heard("RESUME");
         let released_ns = monotonic_ns();
         if held.asked && found == "paused" {
             self.monitor()?.change(Change::Cont, CONT)?;
@@ -476,10 +480,9 @@ impl Guardian {
         };
         let who = Who::of(&target.process);
         let undo = Undo::take(who).map_err(|error| match error {
-            UndoError::Taken { .. } => refuse(
-                error.to_string(),
-                "wait for it; if it hangs, `stillframe recover` ends it",
-            ),
+            UndoError::Taken { .. } => {
+                refuse(error.to_string(), "wait for it; if it hangs, `stillframe recover` ends it")
+            }
             UndoError::File { .. } => refuse(told(&error), "run as root, or set XDG_RUNTIME_DIR"),
         })?;
         let capture = Who::me().ok_or_else(|| {
@@ -663,13 +666,7 @@ enum Begin {
 type Begun = (Peer, manifest::Process, Option<Undone>);
 
 /// Starts a guardian process and waits until it has undone what there was.
-fn begin(
-    whom: &Whom,
-    target: Who,
-    capture: Who,
-    undo: &Undo,
-    log: &Log,
-) -> Result<Begun, Begin> {
+fn begin(whom: &Whom, target: Who, capture: Who, undo: &Undo, log: &Log) -> Result<Begun, Begin> {
     let failed = |error: &dyn std::error::Error| Begin::Start(told(error));
     let mut peer = Peer::start(Role::Guardian).map_err(|e| failed(&e))?;
     let (whom, path) = (whom.clone(), undo.path().to_owned());

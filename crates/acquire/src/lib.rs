@@ -10,6 +10,7 @@ pub mod draft;
 pub mod event;
 pub mod find;
 pub mod guard;
+pub mod guardian;
 pub mod log;
 pub mod look;
 pub mod map;
@@ -17,21 +18,30 @@ pub mod method;
 pub mod monitor;
 pub mod plan;
 pub mod record;
+pub mod recover;
+pub mod role;
 pub mod seal;
+pub mod sealer;
+pub mod speed;
 pub mod stop;
+pub mod table;
+pub mod undo;
 
 use crate::copy::{Cell, Cut};
-use crate::event::{Event, Observer, Phase};
+use crate::event::{Event, Observer};
 use crate::guard::Guarded;
+use crate::guardian::{Guardian, GuardianError, Parting};
 use crate::log::Log;
 use crate::look::Looked;
-use crate::method::process::{self, Pass, Work};
+use crate::method::process::{self, Frozen, Pass, PassError, Work};
 use crate::plan::{Plan, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
+use crate::sealer::Sealer;
 use crate::stop::Stop;
 use evidence::digest::Digest;
 use evidence::exhibit;
-use evidence::manifest::{BlocksFile, FileRecord, Image, JournalFile, MapCheck};
+use evidence::manifest::{self, BlocksFile, Class, FileRecord, Image, JournalFile, MapCheck};
+use evidence::record::Span;
 use evidence::{GuestRange, PageState};
 use serde_json::json;
 use std::path::PathBuf;
@@ -77,12 +87,12 @@ pub enum Failure {
     /// No VM was found.
     #[error(transparent)]
     Find(#[from] find::FindError),
-    /// No monitor of it can be used.
+    /// QEMU cannot be asked, or its answers cannot be used.
     #[error(transparent)]
-    Monitor(#[from] monitor::MonitorError),
-    /// QEMU does not answer as it should.
-    #[error("QEMU cannot be asked")]
-    Query(#[from] qemu::QmpError),
+    Asked(#[from] monitor::AskError),
+    /// The guardian was lost before anything was done.
+    #[error(transparent)]
+    Guardian(GuardianError),
     /// There is no map that can be trusted.
     #[error(transparent)]
     Map(#[from] map::LocateError),
@@ -133,6 +143,17 @@ pub enum Ending {
     Interrupted,
     /// It could not go on; the record is partial.
     Failed(String),
+    /// The guest is not as it was found. Beats all.
+    NotAsFound(String),
+}
+
+impl From<GuardianError> for Failure {
+    fn from(error: GuardianError) -> Self {
+        match error {
+            GuardianError::Ask(error) => Failure::Asked(error),
+            lost => Failure::Guardian(lost),
+        }
+    }
 }
 
 impl Ending {
@@ -140,7 +161,9 @@ impl Ending {
     pub fn reason(&self) -> Option<String> {
         match self {
             Ending::Complete => None,
-            Ending::Losses(reason) | Ending::Failed(reason) => Some(reason.clone()),
+            Ending::Losses(reason) | Ending::Failed(reason) | Ending::NotAsFound(reason) => {
+                Some(reason.clone())
+            }
             Ending::Interrupted => Some("interrupted by the operator".to_owned()),
         }
     }
@@ -168,16 +191,19 @@ pub struct Done {
 pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Done, Failure> {
     let log = Log::begin(Instant::now());
     let began = host::clock::now();
-    let mut looked = look::look(request, &log)?; // find, map
+    let target = look::find(request, &log)?; // find
+    let mut guardian = Guardian::start(&target, &log)?;
+    let looked = look::look(request, target, guardian.look()?, &log)?; // map
     looked.tell(tell);
     let plan = plan::choose(&looked.facts, &request.wish).map_err(Failure::Refused)?; // plan
     looked.tell_plan(&plan, tell);
     let mut guarded = guard::guard(request, &looked, &plan, &log, &began, tell, stop)?; // guard
     let mut run = Run::new(&looked, guarded.refusal.take());
     if run.end.is_none() {
-        run.capture(request, &looked, &guarded, &log, tell, stop); // capture
+        run.capture(request, &looked, &plan, &guarded, &mut guardian, &log, tell, stop); // capture
     }
-    run.map_again(&mut looked, &log, tell);
+    run.map_again(&looked, &mut guardian, &log, tell);
+    run.part(guardian, &log, tell);
     let sealed = run.seal(request, &plan, &mut guarded, &log, tell, &stop.next());
     run.exhibit(request, &looked, &plan, guarded, sealed, &log, &began) // exhibit
 }
@@ -207,6 +233,20 @@ struct Run {
     readers: Vec<(GuestRange, &'static str)>,
     /// What went otherwise than it should, after the plan.
     warnings: Vec<String>,
+    /// The hold and what was done in it.
+    frozen: Option<Held>,
+    /// What is known of the guardian, once it is gone.
+    parting: Parting,
+    /// The rights of the processes that sealed.
+    sealers: Vec<manifest::Process>,
+}
+
+/// A hold that is over.
+struct Held {
+    hold: manifest::Hold,
+    audit: Option<(manifest::Audit, Span)>,
+    /// Why the image is not one of one instant after all.
+    void: Option<String>,
 }
 
 impl Run {
@@ -226,14 +266,20 @@ impl Run {
             disturbances: Vec::new(),
             readers: Vec::new(),
             warnings: Vec::new(),
+            frozen: None,
+            parting: Parting::default(),
+            sealers: Vec::new(),
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "capture is where everything meets")]
     fn capture(
         &mut self,
         request: &Request,
         looked: &Looked,
+        plan: &Plan,
         guarded: &Guarded,
+        guardian: &mut Guardian,
         log: &Log,
         tell: &dyn Observer,
         stop: &Stop,
@@ -248,14 +294,17 @@ impl Run {
         let work = Work {
             source: &looked.memory,
             store: guarded.store(),
-            origin: log.origin(),
+            log,
             workers: cpus(),
             max_rate: request.max_rate,
             stop,
             observer: tell,
         };
         log.add("capture", json!({ "blocks": self.cells.len(), "workers": work.workers }));
-        let result = process::live(&work, &mut self.cells, &mut self.passes);
+        let result = match plan.hold {
+            None => process::live(&work, &mut self.cells, &mut self.passes),
+            Some(_) => self.freeze(&work, looked, plan, guarded, guardian),
+        };
         for pass in &self.passes {
             log.add(
                 "pass",
@@ -266,11 +315,59 @@ impl Run {
         self.end = match result {
             Ok(()) => None,
             Err(Cut::Stopped) => Some(Ending::Interrupted),
+            Err(Cut::Late) => Some(Ending::Failed(
+                "the stall budget was used up before all memory was read; the guest was let go"
+                    .to_owned(),
+            )),
             Err(Cut::Failed(error)) => Some(Ending::Failed(told(&error))),
         };
         self.after = Measure::take(&looked.target.process);
         self.readers = looked.readers();
         self.drop_unreached();
+    }
+
+    /// One pass inside a hold. The guest goes on when this returns.
+    fn freeze(
+        &mut self,
+        work: &Work<'_>,
+        looked: &Looked,
+        plan: &Plan,
+        guarded: &Guarded,
+        guardian: &mut Guardian,
+    ) -> Result<(), Cut<PassError>> {
+        let Some(planned) = &plan.hold else { return Ok(()) };
+        if let Err(error) = guarded.top_up(looked) {
+            self.warnings.push(format!(
+                "memory that the guest touched lately was not set aside before the hold: {}",
+                told(&error)
+            ));
+        }
+        let process = &looked.target.process;
+        let (cells, passes) = (&mut self.cells, &mut self.passes);
+        let frozen = process::freeze(work, process, planned, guardian, cells, passes)
+            .map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
+        let Frozen { hold, audit, end, doubts } = frozen;
+        work.log.add("hold", &hold);
+        if let Some((audit, span)) = &audit {
+            work.log.add("audit", json!({ "audit": audit, "span": span }));
+        }
+        let differs = audit.as_ref().is_some_and(|(audit, _)| audit.differing > 0);
+        let void = match (hold.lasted, differs) {
+            (false, _) => Some("the hold did not last until the last read".to_owned()),
+            (true, true) => Some("pages differed when they were read again in the hold".to_owned()),
+            (true, false) => None,
+        };
+        self.warnings.extend(doubts);
+        self.disturbances.extend(void.clone());
+        self.frozen = Some(Held { hold, audit, void });
+        end
+    }
+
+    /// The class that the image earned.
+    fn class(&self, plan: &Plan) -> Class {
+        let held = self.frozen.as_ref().is_some_and(|held| held.void.is_none());
+        let whole = self.end.is_none() && self.not_reached.is_empty();
+        if held && whole { plan.class } else { Class::None }
     }
 
     /// Blocks that no pass reached are losses, not blocks of the image.
@@ -281,8 +378,19 @@ impl Run {
     }
 
     /// Whether QEMU still says the same of the guest's memory.
-    fn map_again(&mut self, looked: &mut Looked, log: &Log, tell: &dyn Observer) {
-        match looked.again() {
+    fn map_again(
+        &mut self,
+        looked: &Looked,
+        guardian: &mut Guardian,
+        log: &Log,
+        tell: &dyn Observer,
+    ) {
+        let asked = match guardian.again() {
+            // Its successor asks.
+            Err(GuardianError::Lost(_)) => guardian.again(),
+            other => other,
+        };
+        match asked.map_err(Failure::from).and_then(|asked| looked.again(asked)) {
             Ok(again) => {
                 let text = again.located.text().into_bytes();
                 self.map_after = Some((record::file_record(exhibit::MAP_AFTER, &text), text));
@@ -291,10 +399,11 @@ impl Run {
                 for (name, data) in &again.events {
                     log.add("event", json!({ "name": name, "data": data }));
                 }
-                self.disturbances = disturbances(&again);
-                for text in &self.disturbances {
+                let disturbances = disturbances(&again);
+                for text in &disturbances {
                     tell.event(Event::Warning { text: format!("meanwhile {text}") });
                 }
+                self.disturbances.extend(disturbances);
                 self.events = again.events.into_iter().map(|(name, _)| name).collect();
             }
             Err(error) => {
@@ -308,6 +417,22 @@ impl Run {
         if let Some(difference) = &self.map_difference {
             tell.event(Event::MapChanged { difference: difference.clone() });
         }
+    }
+
+    /// The guardian goes, and with it the claim to the VM.
+    fn part(&mut self, mut guardian: Guardian, log: &Log, tell: &dyn Observer) {
+        guardian.leave();
+        let parting = guardian.bye();
+        log.add("parted", json!({ "guardians_lost": parting.lost }));
+        if parting.lost > 0 {
+            let text = format!("the guardian was lost {} times and replaced", parting.lost);
+            tell.event(Event::Warning { text: text.clone() });
+            self.warnings.push(text);
+        }
+        for undone in &parting.undone {
+            self.warnings.push(format!("undone: {}", undone.text));
+        }
+        self.parting = parting;
     }
 
     /// Store to image. Without a block there is nothing to seal.
@@ -343,12 +468,9 @@ impl Run {
         tell: &dyn Observer,
         stop: &Stop,
     ) -> Result<Sealed, seal::SealError> {
-        self.seal_blocks(guarded, tell, stop);
+        let (other_bytes_sha256, sha256) = self.seal_image(request, guarded, tell, stop)?;
         guarded.give_back_ram();
-        let other_bytes_sha256 = seal::pieces(&guarded.layout, &guarded.file)?;
-        seal::finish(&guarded.file, guarded.layout.len)?;
         let records = seal::records(&self.cells, guarded.new_file(exhibit::BLOCKS)?)?;
-        let sha256 = if request.file_digest { self.file_digest(guarded, tell, stop) } else { None };
         tell.event(Event::Sealed {
             memory_root: records.memory_root.to_string(),
             data_bytes: self.bytes_in(PageState::Data),
@@ -372,26 +494,46 @@ impl Run {
         })
     }
 
-    /// Brings the blocks into the image. Those that do not come there are losses; what is there
-    /// stays, whatever ended the sealing.
-    fn seal_blocks(&mut self, guarded: &Guarded, tell: &dyn Observer, stop: &Stop) {
+    /// Brings everything into the image, by a process that can do nothing else. Gives back the
+    /// digests of other bytes and of the file.
+    fn seal_image(
+        &mut self,
+        request: &Request,
+        guarded: &Guarded,
+        tell: &dyn Observer,
+        stop: &Stop,
+    ) -> Result<(Digest, Option<Digest>), seal::SealError> {
+        let ram = guarded.ram();
+        let mut sealer = Sealer::new(&mut self.cells, &guarded.file, ram, cpus(), tell)?;
         // A block that is on disk already needs only its digest: nothing is gained by stopping.
         let never = Stop::new();
-        let stop = if guarded.is_in_place() { &never } else { stop };
-        let setting = copy::Setting {
-            workers: cpus(),
-            max_rate: None,
-            stop,
-            observer: tell,
-            phase: Phase::Seal,
-            pass: None,
+        let ended = sealer.blocks(if ram.is_some() { stop } else { &never });
+        match ended {
+            Ok(()) => {}
+            Err(Cut::Stopped | Cut::Late) => {
+                self.end.get_or_insert(Ending::Interrupted);
+            }
+            Err(Cut::Failed(error)) => {
+                self.end.get_or_insert(Ending::Failed(told(&error)));
+            }
+        }
+        sealer.collect(&mut self.cells)?;
+        self.drop_unsealed(guarded);
+        let other_bytes_sha256 = seal::pieces(&guarded.layout, &guarded.file)?;
+        seal::finish(&guarded.file, guarded.layout.len)?;
+        let sha256 = match request.file_digest {
+            true => self.file_digest(&mut sealer, guarded.layout.len, tell, stop),
+            false => None,
         };
-        let (store, image) = (guarded.store(), guarded.image());
-        match seal::blocks(&mut self.cells, store, &image, &setting) {
-            Ok(()) => return,
-            Err(Cut::Stopped) => self.end.get_or_insert(Ending::Interrupted),
-            Err(Cut::Failed(error)) => self.end.get_or_insert(Ending::Failed(told(&error))),
-        };
+        let lost = sealer.lost.iter().map(|lost| format!("a process that sealed was lost: {lost}"));
+        self.warnings.extend(lost);
+        self.sealers = std::mem::take(&mut sealer.rights);
+        Ok((other_bytes_sha256, sha256))
+    }
+
+    /// Blocks that did not come into the image are losses; what is there stays, whatever ended the
+    /// sealing.
+    fn drop_unsealed(&mut self, guarded: &Guarded) {
         for cell in self.cells.iter().filter(|cell| !cell.sealed) {
             // Half a block is none, and its space is wanted for the record.
             let _ = guarded.file.punch(cell.block);
@@ -404,13 +546,14 @@ impl Run {
     /// The digest of the whole file, unless the operator or the disk has enough.
     fn file_digest(
         &mut self,
-        guarded: &Guarded,
+        sealer: &mut Sealer<'_>,
+        len: u64,
         tell: &dyn Observer,
         stop: &Stop,
     ) -> Option<Digest> {
-        let text = match seal::file_digest(&guarded.file, guarded.layout.len, tell, stop) {
+        let text = match sealer.digest(len, stop) {
             Ok(digest) => return Some(digest),
-            Err(Cut::Stopped) => {
+            Err(Cut::Stopped | Cut::Late) => {
                 "the file digest was left out when the operator interrupted".to_owned()
             }
             Err(Cut::Failed(error)) => {
@@ -437,8 +580,14 @@ impl Run {
 
     /// How the run came out, all considered.
     fn ending(&self) -> Ending {
+        if let Some(what) = &self.parting.not_as_found {
+            return Ending::NotAsFound(what.clone());
+        }
         if let Some(end) = &self.end {
             return end.clone();
+        }
+        if let Some(void) = self.frozen.as_ref().and_then(|held| held.void.as_ref()) {
+            return Ending::Losses(format!("the image does not show one instant: {void}"));
         }
         let unreadable = self.bytes_in(PageState::Unreadable);
         if let Some(difference) = &self.map_difference {
@@ -463,7 +612,7 @@ impl Run {
         log: &Log,
         began: &host::clock::Moment,
     ) -> Result<Done, Failure> {
-        let ending = self.ending();
+        let (ending, class) = (self.ending(), self.class(plan));
         if sealed.is_none() {
             guarded.remove_image();
         }
@@ -477,6 +626,7 @@ impl Run {
         }
         log.add("end", json!({ "reason": ending.reason() }));
         let head = log.close().map_err(|e| fail(Box::new(e)))?;
+        let whole = ending.is_whole();
         let story = Story {
             request,
             log,
@@ -501,10 +651,14 @@ impl Run {
             run_state_after: self.run_state_after,
             events: self.events,
             disturbances: self.disturbances,
+            class,
+            hold: self.frozen.as_ref().map(|held| held.hold.clone()),
+            audit: self.frozen.as_ref().and_then(|held| held.audit.clone()),
+            processes: processes(&self.parting, &self.sealers),
             workers: cpus(),
             store_bytes: guarded.store_bytes(),
             warnings: [looked.warnings.clone(), plan.warnings.clone(), self.warnings].concat(),
-            end_reason: if ending.is_whole() { None } else { ending.reason() },
+            end_reason: if whole { None } else { ending.reason() },
         };
         let journal =
             JournalFile { file: exhibit::JOURNAL.to_owned(), lines: head.lines, head: head.digest };
@@ -513,13 +667,18 @@ impl Run {
         let sums = seal::sums(&manifest, &bytes, &guarded).map_err(|e| fail(Box::new(e)))?;
         guarded.write(exhibit::SUMS, sums.as_bytes()).map_err(|e| fail(Box::new(e)))?;
         guarded.write(exhibit::MANIFEST, &bytes).map_err(|e| fail(Box::new(e)))?;
-        let whole = ending.is_whole();
         let exhibit = match guarded.finish(whole) {
             Ok(exhibit) => exhibit,
             Err(e) => return Err(fail(Box::new(e))),
         };
         Ok(Done { ending, exhibit: Some(exhibit) })
     }
+}
+
+/// The rights of every process that took part.
+fn processes(parting: &Parting, sealers: &[manifest::Process]) -> Vec<manifest::Process> {
+    let capture = role::own_rights("capture");
+    parting.rights.iter().cloned().chain(capture).chain(sealers.iter().cloned()).collect()
 }
 
 /// What happened between the two looks that makes the image one of a machine that did not stay
@@ -542,7 +701,7 @@ fn disturbances(again: &look::Again) -> Vec<String> {
 }
 
 /// An error with its causes on one line, for the record.
-fn told(error: &dyn std::error::Error) -> String {
+pub(crate) fn told(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {

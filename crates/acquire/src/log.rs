@@ -57,6 +57,12 @@ pub struct Head {
     pub lines: u64,
 }
 
+impl std::fmt::Debug for Log {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Log").finish_non_exhaustive()
+    }
+}
+
 impl Log {
     /// Begins at `origin`, in memory.
     pub fn begin(origin: Instant) -> Self {

@@ -66,6 +66,20 @@ impl Surveyed {
     }
 }
 
+/// Finds the VM.
+///
+/// # Errors
+/// [`Failure::Find`].
+pub fn find(request: &Request, log: &Log) -> Result<Target, Failure> {
+    log.add(
+        "begin",
+        json!({ "tool": "stillframe", "version": env!("CARGO_PKG_VERSION"), "vm": request.vm }),
+    );
+    let target = find::one(&request.vm)?;
+    log.add("found", &target.row);
+    Ok(target)
+}
+
 /// Looks and decides, and leaves it at that. Reads a sample of guest memory to know how long a
 /// hold would last, and keeps nothing of it.
 ///
@@ -84,12 +98,7 @@ pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
 ///
 /// # Errors
 /// [`Failure`].
-pub fn look(
-    request: &Request,
-    target: Target,
-    asked: Asked,
-    log: &Log,
-) -> Result<Looked, Failure> {
+pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Result<Looked, Failure> {
     let mut warnings: Vec<String> =
         asked.skipped.iter().map(|text| format!("monitor skipped: {text}")).collect();
     let Some(view) = asked.view else {

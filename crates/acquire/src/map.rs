@@ -58,10 +58,7 @@ pub enum LocateError {
 ///
 /// # Errors
 /// [`LocateError`] names both sides of every disagreement.
-pub fn locate(
-    view: GuestView,
-    process: &Process,
-) -> Result<(Located, GuestMemory), LocateError> {
+pub fn locate(view: GuestView, process: &Process) -> Result<(Located, GuestMemory), LocateError> {
     let places = places(&view)?;
     let memory = GuestMemory::open(process, &places)?;
     let map = join(&view, &memory)?;

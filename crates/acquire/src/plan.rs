@@ -1,8 +1,8 @@
 //! What to do, decided from facts, map and wish: a pure function, so that `stillframe plan` prints
 //! exactly what `stillframe acquire` would do, with the reasons.
 
-use evidence::format::Format;
 use crate::speed::Speed;
+use evidence::format::Format;
 use evidence::manifest::Class;
 pub use evidence::manifest::{HoldKind, Method, StoreKind};
 use schemars::JsonSchema;
@@ -350,7 +350,10 @@ fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
             // A prediction can be off by half and the budget still be kept.
             match (freeze(facts, wish, 2), consistency) {
                 (Ok(hold), _) => {
-                    rejected.push(reject(Method::Live, "freeze gives one instant within the stall budget"));
+                    rejected.push(reject(
+                        Method::Live,
+                        "freeze gives one instant within the stall budget",
+                    ));
                     let why = "the shortest way to an image of one instant: its hold is expected to be \
                                at most half the stall budget";
                     let why = why.to_owned();
@@ -358,7 +361,8 @@ fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
                 }
                 (Err(refusal), Consistency::Any) => {
                     rejected.push(reject(Method::Freeze, &refusal.reason));
-                    let why = "--consistency any allows a smeared image, and freeze is not possible";
+                    let why =
+                        "--consistency any allows a smeared image, and freeze is not possible";
                     Ok(Choice { method: Method::Live, why: why.to_owned(), rejected, hold: None })
                 }
                 (Err(refusal), Consistency::PointInTime) => {
@@ -366,7 +370,8 @@ fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
                     rejected.push(reject(Method::Live, smeared));
                     let mut remedies = refusal.remedies;
                     remedies.extend(["--consistency any".to_owned(), "--method live".to_owned()]);
-                    let reason = "no method gives an image of one instant within the stall budget here";
+                    let reason =
+                        "no method gives an image of one instant within the stall budget here";
                     Err(Refusal { reason: reason.to_owned(), rejected, remedies })
                 }
             }
@@ -377,7 +382,8 @@ fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
 /// The hold of `freeze`, when `margin` times its expected length is within the stall budget.
 fn freeze(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedHold, Refusal> {
     if wish.store == Some(StoreKind::Disk) {
-        let reason = "freeze reads into memory: nothing is written to a disk while the guest is held";
+        let reason =
+            "freeze reads into memory: nothing is written to a disk while the guest is held";
         return Err(Refusal::new(reason, &["--store ram"]));
     }
     if facts.reserve_bytes > facts.ram_limit_bytes {
@@ -402,7 +408,11 @@ fn freeze(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedHold, Refusa
         let reason = format!(
             "its hold is expected to be {}{}, and {} is allowed ({})",
             millis(expected),
-            if margin > 1 { format!(", of which {margin} times must be allowed") } else { String::new() },
+            if margin > 1 {
+                format!(", of which {margin} times must be allowed")
+            } else {
+                String::new()
+            },
             millis(allowed),
             if allowed < wish.stall_budget { "by ptrace, here" } else { "--stall-budget" },
         );
@@ -427,8 +437,8 @@ fn reading(facts: &Facts) -> Option<Duration> {
     let speed = facts.hold.speed?;
     let rate = facts.max_rate.map_or(speed.bytes_per_s, |max| max.min(speed.bytes_per_s)).max(1);
     let read = u128::from(facts.resident_bytes) * 1_250_000_000 / u128::from(rate);
-    let audit = u128::from(speed.page_ns) * u128::from(AUDIT_PAGES)
-        / u128::from(speed.workers.max(1));
+    let audit =
+        u128::from(speed.page_ns) * u128::from(AUDIT_PAGES) / u128::from(speed.workers.max(1));
     let total = u64::try_from(read + audit).unwrap_or(u64::MAX);
     let pages = u32::try_from(facts.swapped_bytes / 4096).unwrap_or(u32::MAX);
     Some(Duration::from_nanos(total).saturating_add(SWAP_PAGE.saturating_mul(pages)))
@@ -534,11 +544,7 @@ fn refuse_memory(facts: &Facts, store: StoreKind, output: u64) -> Result<(), Ref
     Ok(())
 }
 
-fn store(
-    facts: &Facts,
-    wish: &Wish,
-    method: Method,
-) -> Result<(StoreKind, String), Refusal> {
+fn store(facts: &Facts, wish: &Wish, method: Method) -> Result<(StoreKind, String), Refusal> {
     let fits = facts.reserve_bytes <= facts.ram_limit_bytes;
     let limit = format!("{} bytes, set by {}", facts.ram_limit_bytes, facts.ram_limit_by);
     match wish.store {
@@ -575,7 +581,8 @@ fn changes(facts: &Facts, store: StoreKind, hold: Option<PlannedHold>) -> Vec<St
     ];
     if let Some(PlannedHold { kind: HoldKind::Ptrace, .. }) = hold {
         changes.push(
-            "QEMU's threads stand still during the hold; the guest's clock jumps by as much".to_owned(),
+            "QEMU's threads stand still during the hold; the guest's clock jumps by as much"
+                .to_owned(),
         );
     }
     if facts.swapped_bytes > 0 {
@@ -658,7 +665,92 @@ mod tests {
         let any = Wish { consistency: Consistency::Any, ..Wish::default() };
         let plan = choose(&facts(), &any).unwrap();
         assert_eq!((plan.method, plan.class), (Method::Live, Class::None));
-        assert_eq!(plan.rejected.len(), NOT_YET.len());
+        assert_eq!(plan.rejected.len(), NOT_YET.len() + 1);
+        let freeze = plan.rejected.iter().find(|r| r.method == Method::Freeze).unwrap();
+        assert!(freeze.reason.contains("ms"), "{freeze:?}");
+    }
+
+    /// 3 GiB at 10 GiB/s take 300 ms, and a quarter more.
+    fn within(ms: u64) -> Wish {
+        Wish { stall_budget: Duration::from_millis(ms), ..Wish::default() }
+    }
+
+    fn by_name(wish: Wish) -> Wish {
+        Wish { method: Some(Method::Freeze), ..wish }
+    }
+
+    #[test]
+    fn freeze_is_taken_when_twice_its_hold_is_allowed() {
+        let plan = choose(&facts(), &within(900)).unwrap();
+        assert_eq!((plan.method, plan.class), (Method::Freeze, Class::Instantaneous));
+        assert_eq!(plan.store, StoreKind::Ram);
+        let hold = plan.hold.unwrap();
+        assert_eq!((hold.kind, hold.at_most_ns), (HoldKind::Ptrace, 900_000_000));
+        assert!((375_000_000..450_000_000).contains(&hold.expected_ns), "{hold:?}");
+        // By name it is consent, and once is enough.
+        assert!(choose(&facts(), &within(700)).is_err());
+        assert!(choose(&facts(), &by_name(within(700))).is_ok());
+        refused(&facts(), &by_name(within(100)), "100 ms is allowed");
+    }
+
+    #[test]
+    fn what_a_refusal_advises_is_accepted() {
+        for wish in [within(100), by_name(within(100)), by_name(within(1))] {
+            let refusal = choose(&facts(), &wish).unwrap_err();
+            let advice = refusal.remedies.iter().find_map(|r| r.strip_prefix("--stall-budget "));
+            let ms = advice.unwrap().strip_suffix("ms").unwrap().parse().unwrap();
+            let wish = Wish { stall_budget: Duration::from_millis(ms), ..wish };
+            assert_eq!(choose(&facts(), &wish).unwrap().method, Method::Freeze, "{ms} ms");
+        }
+    }
+
+    #[test]
+    fn a_long_hold_is_qemus() {
+        let slow = Facts { max_rate: Some(1 << 30), ..facts() };
+        let hold = |facts: &Facts, wish: &Wish| choose(facts, wish).map(|p| p.hold.unwrap().kind);
+        assert_eq!(hold(&slow, &by_name(within(9000))), Ok(HoldKind::Stop));
+        let ptrace = Wish { hold: HoldWish::Ptrace, ..by_name(within(9000)) };
+        refused(&slow, &ptrace, "QEMU's clock");
+        assert_eq!(hold(&facts(), &ptrace), Ok(HoldKind::Ptrace));
+        let capped = choose(&facts(), &ptrace).unwrap().hold.unwrap();
+        assert_eq!(capped.at_most_ns, 1_000_000_000);
+        let stop = Wish { hold: HoldWish::Stop, ..by_name(within(900)) };
+        assert_eq!(hold(&facts(), &stop), Ok(HoldKind::Stop));
+        assert!(choose(&facts(), &stop).unwrap().changes[0].contains("its clock stands"));
+    }
+
+    #[test]
+    fn a_watchdog_shortens_what_ptrace_may_hold() {
+        let watched = |name: &str| Facts { watchdogs: vec![name.into()], ..facts() };
+        let kind = |facts: &Facts| choose(facts, &by_name(within(900))).unwrap().hold.unwrap().kind;
+        assert_eq!(kind(&watched("i6300esb")), HoldKind::Stop);
+        assert_eq!(kind(&watched("ICH9-LPC")), HoldKind::Ptrace);
+        let ptrace = Wish { hold: HoldWish::Ptrace, ..by_name(within(900)) };
+        refused(&watched("i6300esb"), &ptrace, "i6300esb");
+        let unknown = choose(&watched("a-new-one"), &by_name(within(900))).unwrap();
+        assert_eq!(unknown.hold.unwrap().kind, HoldKind::Stop);
+    }
+
+    #[test]
+    fn freeze_needs_memory_a_measurement_and_nobody_at_the_process() {
+        let disk = Wish { store: Some(StoreKind::Disk), ..by_name(within(900)) };
+        refused(&facts(), &disk, "disk");
+        let small = Facts { ram_limit_bytes: 1 << 30, ..facts() };
+        refused(&small, &by_name(within(900)), "RAM store");
+        let unmeasured = Facts { hold: HoldFacts { speed: None, ..facts().hold }, ..facts() };
+        refused(&unmeasured, &by_name(within(900)), "measured");
+        let empty = Facts { resident_bytes: 0, ..unmeasured };
+        assert!(choose(&empty, &within(100)).is_ok());
+        let traced = Facts { hold: HoldFacts { traced_by: Some(7), ..facts().hold }, ..facts() };
+        let ptrace = Wish { hold: HoldWish::Ptrace, ..by_name(within(900)) };
+        refused(&traced, &ptrace, "process 7");
+        assert_eq!(
+            choose(&traced, &by_name(within(900))).unwrap().hold.unwrap().kind,
+            HoldKind::Stop
+        );
+        // A page in swap is waited for.
+        let swapped = Facts { swapped_bytes: 1 << 30, ..facts() };
+        refused(&swapped, &by_name(within(900)), "expected");
     }
 
     #[test]

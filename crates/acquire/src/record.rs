@@ -4,6 +4,7 @@ use crate::copy::Cell;
 use crate::find::Target;
 use crate::log::Log;
 use crate::method::process::Pass;
+use crate::monitor::VmFacts;
 use crate::plan::Plan;
 use crate::{CaseNotes, Request};
 use evidence::digest::{Digest, Hasher};
@@ -82,6 +83,14 @@ pub struct Story<'a> {
     pub disturbances: Vec<String>,
     /// Names of the events that QEMU told of during the acquisition.
     pub events: Vec<String>,
+    /// The class that was earned.
+    pub class: manifest::Class,
+    /// The hold.
+    pub hold: Option<manifest::Hold>,
+    /// The audit read in it, and when.
+    pub audit: Option<(manifest::Audit, Span)>,
+    /// The rights of every process that took part.
+    pub processes: Vec<manifest::Process>,
     /// Worker threads.
     pub workers: usize,
     /// Bytes that the store took.
@@ -126,13 +135,16 @@ impl Story<'_> {
             record_id: self.record_id.to_owned(),
             status,
             end_reason: self.end_reason.clone(),
-            class: self.plan.class,
+            class: self.class,
             method: self.plan.method,
-            tau: None,
+            tau: self.tau(),
+            hold: self.hold.clone(),
+            audit: self.audit.as_ref().map(|(audit, _)| audit.clone()),
             case: case(&self.request.case),
             operator: operator(),
             clock: self.clock(),
             tool: tool(),
+            processes: self.processes.clone(),
             host: host(),
             vm: self.vm_record(),
             map: self.map.clone(),
@@ -156,6 +168,26 @@ impl Story<'_> {
             limitations: limitations(),
             warnings: self.warnings.clone(),
         }
+    }
+
+    /// The instant that the image shows: the middle of the hold, which bounds it; in UTC the error
+    /// of the host's clock comes on top.
+    fn tau(&self) -> Option<manifest::Tau> {
+        let hold = self.hold.as_ref().filter(|_| self.class != manifest::Class::None)?;
+        let half = hold.released_ns.saturating_sub(hold.held_ns).div_ceil(2);
+        let mono_ns = hold.held_ns + (hold.released_ns.saturating_sub(hold.held_ns)) / 2;
+        let clock_error =
+            host::clock::sync().map_or(0, |sync| sync.max_error_us.saturating_mul(1000));
+        Some(manifest::Tau {
+            mono_ns,
+            utc: host::clock::later(&self.began, mono_ns.saturating_sub(self.origin_ns()))?,
+            bound_ns: half.saturating_add(clock_error),
+        })
+    }
+
+    /// What lies between time 0 of the record and the moment in which UTC was looked at.
+    fn origin_ns(&self) -> u64 {
+        self.log.since_ns(self.began.monotonic_ns)
     }
 
     fn clock(&self) -> Clock {
@@ -202,10 +234,12 @@ impl Story<'_> {
             .map(|(range, word)| json!({ "range": range.to_string(), "reader": word }))
             .collect();
         let value = json!({
-            "passes": 2,
+            "passes": self.passes.len(),
             "workers": self.workers,
             "max_rate_bytes_per_s": self.request.max_rate,
             "max_ram_bytes": self.request.max_ram,
+            "hold": wish.hold,
+            "planned_hold": self.plan.hold,
             "stall_budget_ms": u64::try_from(wish.stall_budget.as_millis()).unwrap_or(u64::MAX),
             "swap_in": wish.swap_in,
             "force_output": wish.force_output,
@@ -223,7 +257,9 @@ impl Story<'_> {
     /// From the first to the last read of any block, whether its pass ended or not.
     fn window(&self, cells: &[Cell]) -> Option<Span> {
         let spans = cells.iter().flat_map(|cell| [Some(cell.stored), cell.earlier]).flatten();
-        spans.chain(self.passes.iter().map(|pass| pass.span)).reduce(Span::join)
+        let passes = self.passes.iter().map(|pass| pass.span);
+        let audit = self.audit.as_ref().map(|(_, span)| *span);
+        spans.chain(passes).chain(audit).reduce(Span::join)
     }
 
     fn pass(&self, pass: &Pass) -> manifest::Pass {
@@ -304,6 +340,9 @@ impl Story<'_> {
                 .to_owned(),
             why: "only QEMU knows the guest's memory map".to_owned(),
         }];
+        if let Some(hold) = &self.hold {
+            changes.push(hold_change(hold));
+        }
         if let (Some(before), Some(after)) = (self.before.swapped, self.after.swapped)
             && after < before
         {
@@ -316,12 +355,18 @@ impl Story<'_> {
     }
 
     fn caveats(&self) -> Vec<String> {
-        let mut caveats = vec![
-            "live: the guest ran while its memory was read; pages that differ between the two \
-             passes are listed in the block records, a page that changed and changed back between \
-             them is not seen"
-                .to_owned(),
-        ];
+        let mut caveats = Vec::new();
+        if self.plan.method == manifest::Method::Live {
+            caveats.push(
+                "live: the guest ran while its memory was read; pages that differ between the two \
+                 passes are listed in the block records, a page that changed and changed back \
+                 between them is not seen"
+                    .to_owned(),
+            );
+        }
+        if self.hold.is_some() && self.class == manifest::Class::None {
+            caveats.push("the guest was held, but the image does not show one instant".to_owned());
+        }
         if let Some(difference) = &self.map_difference {
             caveats.push(format!("the memory map changed during the acquisition: {difference}"));
         }
@@ -333,6 +378,22 @@ impl Story<'_> {
         }
         caveats
     }
+}
+
+/// What a hold changed.
+fn hold_change(hold: &manifest::Hold) -> Change {
+    let ms = hold.stall_ns() / 1_000_000;
+    let what = match hold.kind {
+        manifest::HoldKind::Ptrace => format!(
+            "QEMU's threads were stopped by ptrace for {ms} ms at most and let go again; the guest's \
+             clock ran on"
+        ),
+        manifest::HoldKind::Stop => format!(
+            "QEMU was told `stop` and `cont` (unless the VM was found paused): the guest stood for {ms} \
+             ms at most, its clock with it, and QEMU wrote its disks out"
+        ),
+    };
+    Change { what, why: "the image is to show one instant".to_owned() }
 }
 
 /// What the kernel said of the pages that could not be read: each error once.

@@ -121,8 +121,7 @@ pub fn blocks(
         }
         note_zeros(&mut entry, bytes);
         entry.digest = sha256(bytes);
-        write(&entry, bytes, image)
-            .map_err(|cause| SealError::Image { at: entry.block, cause })?;
+        write(&entry, bytes, image).map_err(|cause| SealError::Image { at: entry.block, cause })?;
         entry.sealed = true;
         table.put(slot.number, &entry).map_err(SealError::Table)
     })

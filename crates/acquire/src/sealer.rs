@@ -136,8 +136,6 @@ impl Observer for Out {
 }
 
 fn serve(mut channel: Channel) -> Result<(), String> {
-    // Nobody wants the work of one whose capture died.
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
     let begin: Ask = role::hear(&mut channel, PROMPT).map_err(|e| e.to_string())?;
     let Ask::Begin { workers, in_place, store, image } = begin else {
         return Err("not asked to begin".to_owned());
@@ -175,7 +173,7 @@ fn serve(mut channel: Channel) -> Result<(), String> {
         match ask {
             Ask::Blocks => out.say(&Said::Blocks(End::of(&work.blocks()))),
             Ask::Digest { len } => {
-                let result = seal::file_digest(&work.image, len, &work.out, &work.stop.next());
+                let result = seal::file_digest(&work.image, len, &work.out, &work.stop);
                 let digest = result.as_ref().ok().copied();
                 out.say(&Said::Digest(digest, End::of(&result.map(drop))));
             }
@@ -280,19 +278,20 @@ const TRIES: usize = 2;
 
 impl<'a> Sealer<'a> {
     /// Prepares the sealing of `cells`; their states are away until [`Sealer::collect`].
-    /// `scratch` is an empty file that is removed already. Without a `store` the image is it.
+    /// Without a `store` the image is it.
     ///
     /// # Errors
     /// [`SealError::Table`].
     pub fn new(
         cells: &mut [Cell],
-        scratch: File,
         image: &'a DiskStore,
         store: Option<&'a RamStore>,
         workers: usize,
         tell: &'a dyn Observer,
     ) -> Result<Self, SealError> {
-        let table = Table::new(scratch);
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = rustix::fs::memfd_create("stillframe-table", flags);
+        let table = Table::new(File::from(file.map_err(|e| SealError::Table(e.into()))?));
         let kept = table.fill(cells).map_err(SealError::Table)?;
         let (peer, rights, lost) = (None, Vec::new(), Vec::new());
         Ok(Self { peer, table, kept, image, store, tell, workers, rights, lost })

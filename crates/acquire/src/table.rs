@@ -1,4 +1,4 @@
-//! What capture and seal know of each block, in a file that both have open: seal may die at any
+//! What capture and seal know of each block, in a memfd that both have open: seal may die at any
 //! moment, and what it had sealed by then is sealed.
 //!
 //! One entry of fixed length for each block, in address order. Seal may be hostile by the time
@@ -213,7 +213,10 @@ mod tests {
             table.collect(&mut cells, &kept).map(|()| cells.remove(0))
         };
         let cell = collect(&|entry| entry.states[0] = PageState::Zero).unwrap();
-        assert_eq!((cell.states[0], cell.digest, cell.sealed), (PageState::Zero, sha256(b"x"), true));
+        assert_eq!(
+            (cell.states[0], cell.digest, cell.sealed),
+            (PageState::Zero, sha256(b"x"), true)
+        );
         assert!(collect(&|entry| entry.states = vec![PageState::Unreadable; 3]).is_ok());
         assert!(collect(&|entry| entry.states[1] = PageState::Data).is_err());
         assert!(collect(&|entry| entry.states[2] = PageState::Hole).is_err());

@@ -25,8 +25,23 @@ pub(crate) enum Verb {
     Acquire(Acquire),
     /// Check an exhibit; names wrong blocks by address; writes nothing
     Verify(Verify),
+    /// Put right what killed runs left behind; does nothing when there is nothing
+    Recover(Recover),
     /// Show what this host allows, what stands in the way, and the remedy
     Doctor(Doctor),
+}
+
+/// `recover`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Recover {
+    /// The VM, by name or PID; without it, all
+    pub(crate) vm: Option<String>,
+    /// All VMs: what is done without a VM, too
+    #[arg(long, conflicts_with = "vm")]
+    pub(crate) all: bool,
+    /// One JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `list`.
@@ -72,6 +87,9 @@ pub(crate) struct How {
     /// The longest stall of the guest that is allowed: 100ms, 2s
     #[arg(long, value_parser = duration, default_value = "100ms", value_name = "TIME")]
     pub(crate) stall_budget: Duration,
+    /// How the guest may be held, by the methods that hold it
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) hold: HoldArg,
     /// The image's format
     #[arg(long, value_enum, default_value = "elf")]
     pub(crate) format: FormatArg,
@@ -101,6 +119,9 @@ pub(crate) struct Plan {
     /// The directory that the exhibit would be made in
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: Option<PathBuf>,
+    /// The most bytes of guest memory read a second: 500M
+    #[arg(long, value_parser = bytes, value_name = "SIZE")]
+    pub(crate) max_rate: Option<u64>,
 }
 
 /// `acquire`.
@@ -144,6 +165,8 @@ pub(crate) enum YesNo {
 /// The methods of this version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum MethodArg {
+    /// One pass into memory while the guest is held; class instantaneous
+    Freeze,
     /// Two whole passes, the guest never held; class none, the smear measured
     Live,
 }
@@ -151,7 +174,29 @@ pub(crate) enum MethodArg {
 impl From<MethodArg> for acquire::plan::Method {
     fn from(arg: MethodArg) -> Self {
         match arg {
+            MethodArg::Freeze => Self::Freeze,
             MethodArg::Live => Self::Live,
+        }
+    }
+}
+
+/// How the guest may be held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HoldArg {
+    /// By ptrace while that is short enough, else by QEMU's stop and cont
+    Auto,
+    /// QEMU's threads stopped from outside: no event, no disk flush; at most 1 s
+    Ptrace,
+    /// QEMU's stop and cont: the guest's clock stands too
+    Stop,
+}
+
+impl From<HoldArg> for acquire::plan::HoldWish {
+    fn from(arg: HoldArg) -> Self {
+        match arg {
+            HoldArg::Auto => Self::Auto,
+            HoldArg::Ptrace => Self::Ptrace,
+            HoldArg::Stop => Self::Stop,
         }
     }
 }

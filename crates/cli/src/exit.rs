@@ -17,6 +17,8 @@ pub(crate) enum Exit {
     Refused,
     /// `verify`: altered.
     Altered,
+    /// The guest is not as it was found. Beats all others.
+    NotAsFound,
     /// Ended by a signal; the record is partial.
     Interrupted,
 }
@@ -31,6 +33,7 @@ impl Exit {
             Exit::Losses => 3,
             Exit::Refused => 4,
             Exit::Altered => 5,
+            Exit::NotAsFound => 6,
             Exit::Interrupted => 130,
         }
     }

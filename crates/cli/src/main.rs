@@ -12,6 +12,10 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // An acquisition is this program three times.
+    if let Some(code) = acquire::role::take_part() {
+        return code;
+    }
     // When the host runs out of memory, the acquirer goes before any VM. It works without, too.
     let _ = host::oom::die_first();
     let args = match Args::try_parse() {
@@ -28,6 +32,7 @@ fn main() -> ExitCode {
         Verb::Plan(plan) => cmd::plan::run(&plan),
         Verb::Acquire(acquire) => cmd::acquire::run(&acquire),
         Verb::Verify(verify) => cmd::verify::run(&verify),
+        Verb::Recover(recover) => cmd::recover::run(&recover),
         Verb::Doctor(doctor) => cmd::doctor::run(&doctor),
     };
     exit.into()

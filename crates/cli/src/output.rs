@@ -9,7 +9,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::error::Error;
 use std::io::{self, IsTerminal, Write};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Bytes for people: `3.4 GiB`.
@@ -92,9 +95,72 @@ pub(crate) fn json(value: &impl Serialize) -> bool {
 }
 
 /// Shows events: JSON lines on stdout, sentences and a bar on stderr.
+///
+/// On a thread of its own: a terminal that was stopped (Ctrl-S) or a pipe that nobody reads blocks
+/// whoever writes, and that must never be the one who holds the guest.
 pub(crate) struct Show {
+    sender: Mutex<Option<Sender<Event>>>,
+    /// Progress that was not shown yet: more is left out.
+    waiting: Arc<AtomicUsize>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Progress events that may wait.
+const PROGRESS_WAITING: usize = 64;
+
+impl Show {
+    /// `json`: events as JSON lines on stdout; sentences still go to stderr.
+    ///
+    /// # Errors
+    /// No thread to be had.
+    pub(crate) fn new(json: bool) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel::<Event>();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let shown = Arc::clone(&waiting);
+        let thread = thread::Builder::new().name("show".to_owned()).spawn(move || {
+            let mut screen = Screen::new(json);
+            for event in receiver {
+                if matches!(event, Event::Progress { .. }) {
+                    shown.fetch_sub(1, Ordering::Relaxed);
+                }
+                screen.show(event);
+            }
+            screen.bar.bar.finish_and_clear();
+        })?;
+        Ok(Self { sender: Mutex::new(Some(sender)), waiting, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Waits until everything is shown.
+    pub(crate) fn end(&self) {
+        drop(self.sender.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // A panic there has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Observer for Show {
+    fn event(&self, event: Event) {
+        if matches!(event, Event::Progress { .. }) {
+            if self.waiting.load(Ordering::Relaxed) >= PROGRESS_WAITING {
+                return;
+            }
+            self.waiting.fetch_add(1, Ordering::Relaxed);
+        }
+        let sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = sender.as_ref() {
+            // Nobody is left to show it to.
+            let _ = sender.send(event);
+        }
+    }
+}
+
+/// What the thread has: the terminal.
+struct Screen {
     json: bool,
-    bar: Mutex<Bar>,
+    bar: Bar,
 }
 
 struct Bar {
@@ -104,29 +170,18 @@ struct Bar {
     last_line: Instant,
 }
 
-impl Show {
-    /// `json`: events as JSON lines on stdout; sentences still go to stderr.
-    pub(crate) fn new(json: bool) -> Self {
+impl Screen {
+    fn new(json: bool) -> Self {
         let terminal = io::stderr().is_terminal();
         let target =
             if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(0), target);
-        Self { json, bar: Mutex::new(Bar { bar, on: None, terminal, last_line: Instant::now() }) }
-    }
-
-    fn with_bar(&self, act: impl FnOnce(&mut Bar)) {
-        let mut bar = self.bar.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        act(&mut bar);
+        Self { json, bar: Bar { bar, on: None, terminal, last_line: Instant::now() } }
     }
 
     /// A sentence that does not tear the bar.
-    pub(crate) fn sentence(&self, text: &str) {
-        self.with_bar(|bar| bar.bar.suspend(|| say(text)));
-    }
-
-    /// Takes the bar away.
-    pub(crate) fn end(&self) {
-        self.with_bar(|bar| bar.bar.finish_and_clear());
+    fn sentence(&self, text: &str) {
+        self.bar.bar.suspend(|| say(text));
     }
 }
 
@@ -164,14 +219,14 @@ impl Bar {
     }
 }
 
-impl Observer for Show {
-    fn event(&self, event: Event) {
+impl Screen {
+    fn show(&mut self, event: Event) {
         if self.json {
             json(&event);
         }
         match event {
             Event::Progress { phase, pass, done_bytes, total_bytes } => {
-                self.with_bar(|bar| bar.progress(phase, pass, done_bytes, total_bytes));
+                self.bar.progress(phase, pass, done_bytes, total_bytes);
             }
             Event::Found { name, pid, monitor, .. } => {
                 self.sentence(&format!("found {name:?}, PID {pid}, by {monitor}"));
@@ -184,6 +239,7 @@ impl Observer for Show {
                 ));
             }
             Event::Warning { text } => self.sentence(&format!("warning: {text}")),
+            Event::Held { threads: 0 } => self.sentence("held: QEMU has stopped the guest"),
             Event::Held { threads } => self.sentence(&format!("held: {threads} threads")),
             Event::Released { held_ns } => {
                 self.sentence(&format!("released after {}", time(held_ns)));
@@ -207,7 +263,7 @@ impl Observer for Show {
                     size(data_bytes)
                 ));
             }
-            Event::Done { .. } => self.end(),
+            Event::Done { .. } => self.bar.bar.finish_and_clear(),
         }
     }
 }

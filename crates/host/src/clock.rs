@@ -37,6 +37,14 @@ pub fn now() -> Moment {
     Moment { monotonic_ns: before.saturating_add(width_ns / 2), utc, width_ns }
 }
 
+/// UTC `ns` nanoseconds after `moment`, as far as the clock was not stepped; `None` when its text is
+/// no time.
+pub fn later(moment: &Moment, ns: u64) -> Option<String> {
+    let utc: jiff::Timestamp = moment.utc.parse().ok()?;
+    let later = utc.checked_add(jiff::SignedDuration::from_nanos(i64::try_from(ns).ok()?)).ok()?;
+    Some(format!("{later:.9}"))
+}
+
 /// The host's local time minus UTC in seconds, by its own time zone file.
 pub fn local_offset_s() -> i32 {
     jiff::ZonedDateTime::now().offset().seconds()

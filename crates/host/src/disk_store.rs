@@ -77,6 +77,11 @@ impl DiskStore {
         self.direct.is_some() && !self.refused.load(Ordering::Relaxed)
     }
 
+    /// Where guest memory lies in the file.
+    pub fn segments(&self) -> &Segments {
+        &self.segments
+    }
+
     /// The file.
     pub fn file(&self) -> &File {
         &self.file

@@ -31,6 +31,7 @@ pub mod random;
 pub mod sandbox;
 pub mod scripted;
 pub mod shared_store;
+pub mod signals;
 pub mod source;
 pub mod store;
 

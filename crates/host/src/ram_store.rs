@@ -254,6 +254,29 @@ impl RamStore {
         Ok(())
     }
 
+    /// Where guest memory lies in the store.
+    pub fn segments(&self) -> &Segments {
+        &self.segments
+    }
+
+    /// Faults in what `needed` touches and is not there yet, as far as the limit goes: the guest
+    /// has touched more since [`RamStore::reserve`].
+    ///
+    /// # Errors
+    /// [`StoreError::Os`] when the limit is used up or there is no memory.
+    pub fn extend(&self, needed: &[GuestRange]) -> Result<(), StoreError> {
+        for run in wanted_cells(&self.segments, needed)? {
+            for (number, cell) in run.clone().zip(&self.cells[run]) {
+                let mut faulted_in = cell.write().unwrap_or_else(PoisonError::into_inner);
+                if !*faulted_in {
+                    self.take_cell(number).map_err(StoreError::os("faulting the store in"))?;
+                    *faulted_in = true;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Keeps the store's memory, also what is faulted in later, from being swapped out.
     ///
     /// # Errors

@@ -368,8 +368,7 @@ fn the_transcript_holds_every_command() {
     status(&mut qmp, LONG).unwrap_err();
     script.join().unwrap();
     let told: Vec<_> = told.lock().unwrap().drain(..).collect();
-    let short: Vec<_> =
-        told.iter().map(|(command, _, outcome, _)| (*command, *outcome)).collect();
+    let short: Vec<_> = told.iter().map(|(command, _, outcome, _)| (*command, *outcome)).collect();
     assert_eq!(
         short,
         [

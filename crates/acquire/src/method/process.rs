@@ -14,7 +14,6 @@ use crate::guardian::{GRACE, Guardian, GuardianError};
 use crate::log::Log;
 use crate::plan::{AUDIT_PAGES, HoldKind, PlannedHold};
 use crate::stop::Stop;
-use crate::told;
 use evidence::block::{BLOCK_PAGES, index};
 use evidence::digest::sha256;
 use evidence::manifest::{Audit, Hold};
@@ -46,6 +45,9 @@ pub enum PassError {
     /// The host's side of the map is no longer what it was.
     #[error("the process's mappings changed")]
     Mappings(#[source] host::HostError),
+    /// The guest could not be held.
+    #[error(transparent)]
+    NotHeld(NotHeld),
 }
 
 /// One pass that was made.
@@ -243,11 +245,7 @@ struct Inside {
 }
 
 impl Freezer<'_> {
-    fn by_ptrace(
-        &mut self,
-        process: &Process,
-        guardian: &mut Guardian,
-    ) -> Result<Frozen, NotHeld> {
+    fn by_ptrace(&mut self, process: &Process, guardian: &mut Guardian) -> Result<Frozen, NotHeld> {
         let at_most = Duration::from_nanos(self.planned.at_most_ns);
         let limits = Limits {
             stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
@@ -277,7 +275,8 @@ impl Freezer<'_> {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let at = |instant: Instant| nanos(instant.saturating_duration_since(self.work.log.origin()));
+            let at =
+                |instant: Instant| nanos(instant.saturating_duration_since(self.work.log.origin()));
             let hold = Hold {
                 kind: HoldKind::Ptrace,
                 began_ns: at(held.began),
@@ -339,8 +338,7 @@ impl Freezer<'_> {
         let scratches = self.scratches.as_mut_slice();
         let block = |cell: &mut Cell, scratch: &mut Scratch| first(work, cell, scratch);
         let end = work.pass(1, Some(until), self.passes, self.cells, scratches, block);
-        let audit =
-            end.is_ok().then(|| audit(work, self.cells, scratches, &mut self.picks, until));
+        let audit = end.is_ok().then(|| audit(work, self.cells, scratches, &mut self.picks, until));
         Inside { end, audit, held_ns, released_ns: work.now() }
     }
 }
@@ -414,7 +412,10 @@ fn audit(
                 && work.store.get(*page, old).is_ok()
                 && new == old;
             if !same {
-                differing.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(page.start());
+                differing
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner)
+                    .push(page.start());
             }
             count += 1;
         }

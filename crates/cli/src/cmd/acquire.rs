@@ -5,8 +5,9 @@ use crate::cmd;
 use crate::exit::Exit;
 use crate::output::{self, Show};
 use ::acquire::event::{Event, Observer};
+use ::acquire::monitor::AskError;
 use ::acquire::stop::Stop;
-use ::acquire::{CaseNotes, Ending, Failure, Request};
+use ::acquire::{CaseNotes, Done, Ending, Failure, Request};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::thread;
@@ -18,8 +19,17 @@ pub(crate) fn run(args: &args::Acquire) -> Exit {
         output::error(&error);
         return Exit::Failed;
     }
-    let show = Show::new(args.how.json);
+    let show = match Show::new(args.how.json) {
+        Ok(show) => show,
+        Err(error) => {
+            output::error(&error);
+            return Exit::Failed;
+        }
+    };
     let result = ::acquire::acquire(&request(args), &show, &stop);
+    if let Ok(Done { ending: Ending::NotAsFound(_), .. }) = &result {
+        output::hint("`stillframe recover` puts it right; look at the VM's run state");
+    }
     let (exit, exhibit, reason) = match &result {
         Ok(done) => (ending(&done.ending), done.exhibit.clone(), done.ending.reason()),
         Err(failure) => (exit_of(failure), failure.exhibit(), Some(output::chain(failure))),
@@ -29,6 +39,7 @@ pub(crate) fn run(args: &args::Acquire) -> Exit {
         exhibit: exhibit.as_ref().map(|path| path.display().to_string()),
         reason: reason.clone(),
     });
+    show.end();
     match &result {
         Ok(done) => {
             if let Some(reason) = reason {
@@ -46,8 +57,10 @@ pub(crate) fn run(args: &args::Acquire) -> Exit {
 }
 
 /// SIGINT and SIGTERM end the reading, a second one the writing; SIGHUP, a closed terminal, ends
-/// nothing.
+/// nothing. Ctrl-Z and writing from the background stop nothing: whoever is stopped while he holds
+/// the guest lets it go too late.
 fn signals(stop: &Stop) -> std::io::Result<()> {
+    host::signals::block_stops()?;
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     let stop = stop.clone();
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
@@ -83,6 +96,7 @@ fn ending(ending: &Ending) -> Exit {
         Ending::Losses(_) => Exit::Losses,
         Ending::Interrupted => Exit::Interrupted,
         Ending::Failed(_) => Exit::Failed,
+        Ending::NotAsFound(_) => Exit::NotAsFound,
     }
 }
 
@@ -91,8 +105,8 @@ fn exit_of(failure: &Failure) -> Exit {
         Failure::Record { .. } => Exit::Failed,
         Failure::Find(_)
         | Failure::Refused(_)
-        | Failure::Monitor(_)
-        | Failure::Query(_)
+        | Failure::Asked(_)
+        | Failure::Guardian(_)
         | Failure::Map(_)
         | Failure::Host(_)
         | Failure::Output { .. } => Exit::Refused,
@@ -104,7 +118,7 @@ pub(crate) fn failed(failure: &Failure) -> Exit {
     match failure {
         Failure::Find(error) => cmd::not_found(error),
         Failure::Refused(refusal) => cmd::refused(refusal),
-        Failure::Monitor(error) => {
+        Failure::Asked(error @ AskError::Monitor(_)) => {
             output::error(error);
             output::hint(
                 "a QMP socket serves one client: close the other one, or give QEMU a second \
@@ -122,7 +136,12 @@ pub(crate) fn failed(failure: &Failure) -> Exit {
             output::hint("run as root; `stillframe doctor` shows what stands in the way");
             Exit::Refused
         }
-        Failure::Query(_) | Failure::Record { .. } => {
+        Failure::Asked(AskError::Map(_)) => {
+            output::error(failure);
+            output::hint("run as root; `stillframe doctor` shows what stands in the way");
+            Exit::Refused
+        }
+        Failure::Asked(AskError::Query(_)) | Failure::Guardian(_) | Failure::Record { .. } => {
             output::error(failure);
             exit_of(failure)
         }

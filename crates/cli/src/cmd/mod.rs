@@ -4,6 +4,7 @@ pub(crate) mod acquire;
 pub(crate) mod doctor;
 pub(crate) mod list;
 pub(crate) mod plan;
+pub(crate) mod recover;
 pub(crate) mod verify;
 
 use crate::args::How;
@@ -18,6 +19,7 @@ pub(crate) fn wish(how: &How) -> Wish {
         method: how.method.map(Into::into),
         consistency: how.consistency.into(),
         stall_budget: how.stall_budget,
+        hold: how.hold.into(),
         format: how.format.into(),
         store: how.store.map(Into::into),
         swap_in: how.swap_in,

@@ -3,7 +3,7 @@
 use crate::args;
 use crate::cmd;
 use crate::exit::Exit;
-use crate::output::{self, safe, size};
+use crate::output::{self, safe, size, time};
 use ::acquire::plan::Plan;
 use ::acquire::{Request, Surveyed};
 
@@ -14,6 +14,7 @@ pub(crate) fn run(args: &args::Plan) -> Exit {
         output: args.output.clone(),
         wish: cmd::wish(&args.how),
         max_ram: args.how.max_ram,
+        max_rate: args.max_rate,
         ..Request::default()
     };
     let surveyed = match ::acquire::survey(&request) {
@@ -40,7 +41,15 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
         format!("VM       {} (PID {})", safe(&surveyed.row.name), surveyed.row.pid),
         format!("method   {}: {}", plan.method.word(), plan.why),
         format!("class    {}", plan.class.word()),
-        "hold     none: the guest is never stopped".to_owned(),
+        match &plan.hold {
+            None => "hold     none: the guest is never stopped".to_owned(),
+            Some(hold) => format!(
+                "hold     by {}, {} expected, {} at most",
+                hold.kind.word(),
+                time(hold.expected_ns),
+                time(hold.at_most_ns)
+            ),
+        },
         format!(
             "memory   {} in the image, {} resident, {} swapped out",
             size(facts.image_bytes),

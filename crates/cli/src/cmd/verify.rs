@@ -21,7 +21,13 @@ pub(crate) fn run(args: &Verify) -> Exit {
         }
     };
     // The verdict alone is stdout's; progress is for people.
-    let show = Show::new(false);
+    let show = match Show::new(false) {
+        Ok(show) => show,
+        Err(error) => {
+            output::error(&error);
+            return Exit::Failed;
+        }
+    };
     let last = Mutex::new(Instant::now());
     let progress = |at: Progress| {
         let Ok(mut last) = last.try_lock() else { return };
