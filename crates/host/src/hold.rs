@@ -525,23 +525,28 @@ impl<'a> Tracees<'a> {
         Err(HoldError::Refused { pid, tid, comm: seen.comm, source: error.into() })
     }
 
+    /// Looks once at the threads that have not stopped; whether there are any still.
+    fn look(&mut self) -> bool {
+        let mut waiting = false;
+        for tracee in self.list.iter_mut().filter(|t| t.at == At::Seized) {
+            match wait(tracee.tid) {
+                Some(report) => {
+                    tracee.at = report.at;
+                    self.found_stopped |= report.by_others;
+                }
+                None => waiting = true,
+            }
+        }
+        // The number of one that is gone may come back as another thread.
+        self.list.retain(|t| t.at != At::Gone);
+        waiting
+    }
+
     /// Waits until every seized thread has stopped or gone; `false` when the time is over.
     fn wait_all(&mut self, deadline: Instant) -> Result<bool, HoldError> {
         let mut round = 0_u32;
         loop {
-            let mut waiting = false;
-            for tracee in self.list.iter_mut().filter(|t| t.at == At::Seized) {
-                match wait(tracee.tid) {
-                    Some(stop) => {
-                        tracee.at = stop.at;
-                        self.found_stopped |= stop.by_others;
-                    }
-                    None => waiting = true,
-                }
-            }
-            // The number of one that is gone may come back as another thread.
-            self.list.retain(|t| t.at != At::Gone);
-            if !waiting {
+            if !self.look() {
                 return Ok(true);
             }
             if Instant::now() > deadline {
@@ -575,8 +580,10 @@ impl<'a> Tracees<'a> {
         Ok(())
     }
 
-    /// The threads that have not stopped.
-    fn stragglers(&self) -> Vec<Straggler> {
+    /// The threads that have not stopped. Those that stopped just after the last look are not
+    /// among them: they are not why the time ran out.
+    fn stragglers(&mut self) -> Vec<Straggler> {
+        self.look();
         let waiting = self.list.iter().filter(|t| t.at == At::Seized);
         let straggler = |tracee: &Tracee| {
             let tid = tracee.tid;
