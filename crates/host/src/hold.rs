@@ -8,6 +8,11 @@
 //! either: only the end of its tracer lets it go. So every try to stop the process has an OS
 //! thread of its own, and [`during`] takes a closure instead of giving a guard away.
 //!
+//! What is not stopped: transfers in flight between disks or devices and the memory (O_DIRECT,
+//! io_uring, VFIO), other processes that share it (vhost-user), and vhost's kernel threads
+//! before Linux 6.4, which are not threads of the process. io_uring's workers are, since 5.12,
+//! and are stopped like all others.
+//!
 //! Who lets the threads go when things go wrong:
 //!
 //! | what happens | who |
@@ -241,9 +246,8 @@ impl From<HostError> for HoldError {
 
 /// Stops all threads of `process`, runs `work`, lets them go.
 ///
-/// `work` runs on a thread of its own. A panic in it reaches the caller after the release.
-/// While it runs it should not start processes: a child would inherit nothing of the hold, but
-/// `fork` takes time. It must be done within [`Hold::left`].
+/// `work` runs on a thread of its own and must be done within [`Hold::left`]. A panic in it
+/// reaches the caller after the release; its message is written before, as every message is.
 ///
 /// # Errors
 /// [`HoldError`]; then `work` was not run.
