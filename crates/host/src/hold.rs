@@ -8,6 +8,11 @@
 //! either: only the end of its tracer lets it go. So every try to stop the process has an OS
 //! thread of its own, and [`during`] takes a closure instead of giving a guard away.
 //!
+//! What is not stopped: transfers in flight between disks or devices and the memory (O_DIRECT,
+//! io_uring, VFIO), other processes that share it (vhost-user), and vhost's kernel threads
+//! before Linux 6.4, which are not threads of the process. io_uring's workers are, since 5.12,
+//! and are stopped like all others.
+//!
 //! Who lets the threads go when things go wrong:
 //!
 //! | what happens | who |
@@ -241,9 +246,8 @@ impl From<HostError> for HoldError {
 
 /// Stops all threads of `process`, runs `work`, lets them go.
 ///
-/// `work` runs on a thread of its own. A panic in it reaches the caller after the release.
-/// While it runs it should not start processes: a child would inherit nothing of the hold, but
-/// `fork` takes time. It must be done within [`Hold::left`].
+/// `work` runs on a thread of its own and must be done within [`Hold::left`]. A panic in it
+/// reaches the caller after the release; its message is written before, as every message is.
 ///
 /// # Errors
 /// [`HoldError`]; then `work` was not run.
@@ -525,23 +529,28 @@ impl<'a> Tracees<'a> {
         Err(HoldError::Refused { pid, tid, comm: seen.comm, source: error.into() })
     }
 
+    /// Looks once at the threads that have not stopped; whether there are any still.
+    fn look(&mut self) -> bool {
+        let mut waiting = false;
+        for tracee in self.list.iter_mut().filter(|t| t.at == At::Seized) {
+            match wait(tracee.tid) {
+                Some(report) => {
+                    tracee.at = report.at;
+                    self.found_stopped |= report.by_others;
+                }
+                None => waiting = true,
+            }
+        }
+        // The number of one that is gone may come back as another thread.
+        self.list.retain(|t| t.at != At::Gone);
+        waiting
+    }
+
     /// Waits until every seized thread has stopped or gone; `false` when the time is over.
     fn wait_all(&mut self, deadline: Instant) -> Result<bool, HoldError> {
         let mut round = 0_u32;
         loop {
-            let mut waiting = false;
-            for tracee in self.list.iter_mut().filter(|t| t.at == At::Seized) {
-                match wait(tracee.tid) {
-                    Some(stop) => {
-                        tracee.at = stop.at;
-                        self.found_stopped |= stop.by_others;
-                    }
-                    None => waiting = true,
-                }
-            }
-            // The number of one that is gone may come back as another thread.
-            self.list.retain(|t| t.at != At::Gone);
-            if !waiting {
+            if !self.look() {
                 return Ok(true);
             }
             if Instant::now() > deadline {
@@ -575,8 +584,10 @@ impl<'a> Tracees<'a> {
         Ok(())
     }
 
-    /// The threads that have not stopped.
-    fn stragglers(&self) -> Vec<Straggler> {
+    /// The threads that have not stopped. Those that stopped just after the last look are not
+    /// among them: they are not why the time ran out.
+    fn stragglers(&mut self) -> Vec<Straggler> {
+        self.look();
         let waiting = self.list.iter().filter(|t| t.at == At::Seized);
         let straggler = |tracee: &Tracee| {
             let tid = tracee.tid;

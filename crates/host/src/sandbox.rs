@@ -128,7 +128,7 @@ pub fn seal(as_uid: Option<u32>) -> Result<InForce, SandboxError> {
     let mut missing = Vec::new();
     let status = before()?;
     bound_capabilities(CapabilitySet::empty(), &mut missing)?;
-    change_user(as_uid.unwrap_or(NOBODY), &mut missing)?;
+    let user = change_user(as_uid.unwrap_or(NOBODY), &mut missing)?;
     keep_capabilities(CapabilitySet::empty())?;
     // After the change of user, which sets it anew. Others of that user can then not trace us.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -139,7 +139,13 @@ pub fn seal(as_uid: Option<u32>) -> Result<InForce, SandboxError> {
     }
     let filter = allow_list(rustix::process::getpid().as_raw_pid().unsigned_abs());
     let seccomp = install(&filter?, Filter::AllowList, &mut missing)?;
-    InForce::read(&status, CapabilitySet::empty(), landlock_abi, seccomp, missing)
+    let keep = CapabilitySet::empty();
+    let in_force = InForce::read(&status, keep, landlock_abi, seccomp, missing)?;
+    let InForce { uid, gid, groups, .. } = in_force;
+    if user.is_some_and(|id| (uid, gid, groups) != (id, id, 0)) {
+        return Err(SandboxError::NotInForce { what: "another user" });
+    }
+    Ok(in_force)
 }
 
 /// Gives up every way to another process's memory, and to start programs.
@@ -185,12 +191,12 @@ fn capabilities() -> Result<CapabilitySets, SandboxError> {
     rustix::thread::capabilities(None).map_err(step("reading our capabilities"))
 }
 
-/// Becomes user and group `id`, without further groups.
-fn change_user(id: u32, missing: &mut Vec<String>) -> Result<(), SandboxError> {
+/// Becomes user and group `id`, without further groups; `None` when that cannot be.
+fn change_user(id: u32, missing: &mut Vec<String>) -> Result<Option<u32>, SandboxError> {
     let needed = CapabilitySet::SETUID.union(CapabilitySet::SETGID);
     if !capabilities()?.effective.contains(needed) {
         missing.push("another user: that takes CAP_SETUID and CAP_SETGID".into());
-        return Ok(());
+        return Ok(None);
     }
     // These change the calling thread; it is the only one.
     let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
@@ -198,13 +204,14 @@ fn change_user(id: u32, missing: &mut Vec<String>) -> Result<(), SandboxError> {
         .and_then(|()| rustix::thread::set_thread_res_gid(gid, gid, gid))
         .and_then(|()| rustix::thread::set_thread_res_uid(uid, uid, uid));
     match changed {
+        Ok(()) => return Ok(Some(id)),
         // In a user namespace that does not have that user.
         Err(Errno::INVAL) => missing.push(format!("another user: {id} does not exist here")),
         // In one whose groups are fixed (user_namespaces(7), "setgroups").
         Err(Errno::PERM) => missing.push("another user: refused by the user namespace".into()),
-        changed => changed.map_err(step("becoming another user"))?,
+        Err(error) => return Err(step("becoming another user")(error)),
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Takes all capabilities but `keep` out of the bounding set, while we may: with the user the
@@ -259,8 +266,11 @@ fn landlock(
         for bit in (0..u64::BITS).filter(|bit| wanted(set, *bit)) {
             let mut one: Rulesets = [0; 3];
             one[set] = 1 << bit;
-            if landlock_ruleset(&one).is_ok() {
-                all[set] |= one[set];
+            match landlock_ruleset(&one).map_err(|e| (Errno::from_io_error(&e), e)) {
+                Ok(_) => all[set] |= one[set],
+                // A bit, or a whole set, that this kernel does not know.
+                Err((Some(Errno::INVAL | Errno::TOOBIG), _)) => (),
+                Err((_, source)) => return Err(step("making a Landlock ruleset")(source)),
             }
         }
     }
@@ -348,7 +358,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_fadvise64,
-    libc::SYS_sync_file_range,
+    SYNC_FILE_RANGE,
     libc::SYS_fstat,
     libc::SYS_close,
     libc::SYS_dup,
@@ -382,6 +392,12 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_nanosleep,
     libc::SYS_getrandom,
 ];
+
+#[cfg(target_arch = "x86_64")]
+const SYNC_FILE_RANGE: c_long = libc::SYS_sync_file_range;
+/// The number that all newer architectures share (asm-generic/unistd.h); libc lacks it there.
+#[cfg(not(target_arch = "x86_64"))]
+const SYNC_FILE_RANGE: c_long = 84;
 
 /// What `fcntl` may do: nothing that sends signals, locks or leases.
 const FCNTL: [i32; 6] = [

@@ -351,6 +351,7 @@ fn io_uring(shared: &'static Shared, worker: bool) {
 }
 
 /// Holds a child of its own, and then comes to grief.
+#[expect(clippy::zombie_processes, reason = "it is killed before it could wait for its child")]
 fn holder(shared: &'static Shared, role: &str, page: &Path) {
     let child = command("counters", page).spawn().unwrap();
     assert!(within(PATIENCE, || shared.get(READY) == 1));
@@ -593,7 +594,7 @@ fn a_process_that_dies_in_the_hold_is_noticed() {
 fn a_thread_that_cannot_be_stopped_is_named_and_the_others_run_between_tries() {
     let actor = Actor::start("vfork");
     let limits = Limits {
-        stop_within: Duration::from_millis(30),
+        stop_within: Duration::from_millis(200),
         tries: 3,
         pause: Duration::from_millis(300),
         ..LIMITS
@@ -617,8 +618,9 @@ fn a_thread_that_cannot_be_stopped_is_named_and_the_others_run_between_tries() {
     let HoldError::NotStopped { tries: 3, stragglers, in_vain, .. } = error else {
         panic!("{error}");
     };
-    let [straggler] = &stragglers[..] else { panic!("{stragglers:?}") };
-    assert_eq!(u64::from(straggler.tid), actor.shared.get(TID));
+    // On a busy machine others may be late too.
+    let unstoppable = |s: &&Straggler| u64::from(s.tid) == actor.shared.get(TID);
+    let straggler = stragglers.iter().find(unstoppable).unwrap();
     assert_eq!((straggler.comm.as_str(), straggler.state), ("unstoppable", 'D'));
     assert_eq!(in_vain.len(), 3);
     for pair in in_vain.windows(2) {
@@ -636,7 +638,7 @@ fn a_thread_that_cannot_be_stopped_is_named_and_the_others_run_between_tries() {
     // Once it can be stopped, a later try succeeds and knows of those before.
     thread::scope(|scope| {
         scope.spawn(|| {
-            thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(250));
             actor.shared.set(LEAVE, 1);
         });
         let limits = Limits { tries: 1000, pause: Duration::from_millis(20), ..limits };
