@@ -19,6 +19,19 @@ pub trait Source: Sync {
     /// # Errors
     /// [`Gone`]; `buf` and `states` then hold nothing of use.
     fn read(&self, at: GuestRange, buf: &mut [u8], states: &mut [PageState]) -> Result<(), Gone>;
+
+    /// The same for a `buf` that holds nothing but zeros: holes may be left alone in it.
+    ///
+    /// # Errors
+    /// As [`Source::read`]: `buf` may hold anything then.
+    fn read_into_zeros(
+        &self,
+        at: GuestRange,
+        buf: &mut [u8],
+        states: &mut [PageState],
+    ) -> Result<(), Gone> {
+        self.read(at, buf, states)
+    }
 }
 
 /// Nothing more can be read from the source.
