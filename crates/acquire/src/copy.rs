@@ -71,7 +71,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let bytes = || vec![0u8; BLOCK_BYTES].into_boxed_slice();
         Self { new: bytes(), old: bytes(), states: vec![PageState::Hole; BLOCK_PAGES].into() }
     }

@@ -306,3 +306,6 @@ fn put(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
