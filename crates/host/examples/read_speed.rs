@@ -5,15 +5,17 @@
 //! ```text
 //! cargo run --release -p stillframe-host --example read_speed [MiB]
 //! ```
-//! The other process is this program once more, with memory full of noise.
+//! The other process is this program once more, with memory full of noise. Each figure is in bytes
+//! by time and by the workers' CPU time: the latter says the same on a host with other work.
 
 use evidence::{BLOCK_LEN, GuestRange, PageState, Segment, Segments};
 use host::{DiskStore, GuestMemory, Place, Process, RamStore, Source, Store};
+use rustix::time::{ClockId, clock_gettime};
 use std::error::Error;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 fn main() -> Result<(), Failed> {
     let mut args = std::env::args().skip(1);
@@ -62,7 +64,7 @@ fn measure(mib: u64) -> Result<(), Failed> {
     let start = Instant::now();
     let limit = RamStore::limit(None)?;
     let ram = RamStore::reserve(segments.clone(), &[range], &limit, |_, _| (), || false)?;
-    report("faulting the RAM store in", range, start);
+    println!("faulting the RAM store in: {:.2} GB/s", rate(range, start.elapsed()));
     let path = std::env::temp_dir().join(format!("read_speed-{}", std::process::id()));
     let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;
@@ -73,8 +75,9 @@ fn measure(mib: u64) -> Result<(), Failed> {
     for workers in [1, 2, 1, 2] {
         let time = |what: &str, work: &Work<'_>| -> Result<(), Failed> {
             let start = Instant::now();
-            each(range, workers, work)?;
-            report(&format!("{what}, {workers} worker(s)"), range, start);
+            let cpu = each(range, workers, work)?;
+            let (took, cpu) = (rate(range, start.elapsed()), rate(range, cpu));
+            println!("{workers} worker(s), {what}: {took:.2} GB/s, {cpu:.2} GB per CPU second");
             Ok(())
         };
         time("reading alone", &|at, scratch| scratch.read(&memory, at))?;
@@ -99,22 +102,20 @@ fn measure(mib: u64) -> Result<(), Failed> {
             ram.lend(at, &mut |kept| equal = scratch.buf == kept)?;
             same(equal)
         })?;
-        let start = Instant::now();
-        each(range, workers, &|at, scratch| {
+        time("by a buffer into the disk store", &|at, scratch| {
             scratch.read(&memory, at)?;
             Ok(disk.put(at, &scratch.buf)?)
         })?;
         disk.sync()?;
-        report(&format!("into the disk store, {workers} worker(s)"), range, start);
     }
     drop(child.stdin.take());
     child.wait()?;
     Ok(())
 }
 
-fn report(what: &str, range: GuestRange, start: Instant) {
-    let rate = range.len() as f64 / 1e9 / start.elapsed().as_secs_f64();
-    let _ = writeln!(std::io::stdout(), "{what}: {rate:.2} GB/s");
+/// GB/s.
+fn rate(range: GuestRange, took: Duration) -> f64 {
+    range.len() as f64 / 1e9 / took.as_secs_f64()
 }
 
 /// A worker's buffers, as long as the block that it has.
@@ -137,21 +138,24 @@ fn same(equal: bool) -> Result<(), Failed> {
     if equal { Ok(()) } else { Err("the store holds something else".into()) }
 }
 
-/// Calls `work` for all blocks of `range`, which are whole, in `workers` threads.
-fn each(range: GuestRange, workers: usize, work: &Work<'_>) -> Result<(), Failed> {
+/// Calls `work` for all blocks of `range`, which are whole, in `workers` threads; gives the CPU
+/// time that they took together.
+fn each(range: GuestRange, workers: usize, work: &Work<'_>) -> Result<Duration, Failed> {
     let next = AtomicU64::new(0);
-    let one = || -> Result<(), Failed> {
+    let one = || -> Result<Duration, Failed> {
         let bytes = || vec![0; 1 << 20];
         let states = vec![PageState::Hole; 256];
         let mut scratch = Scratch { buf: bytes(), old: bytes(), states };
         loop {
             let block = GuestRange::new(next.fetch_add(BLOCK_LEN, Ordering::Relaxed), BLOCK_LEN);
-            let Some(at) = block.filter(|block| range.covers(*block)) else { return Ok(()) };
+            let Some(at) = block.filter(|block| range.covers(*block)) else {
+                return Ok(Duration::try_from(clock_gettime(ClockId::ThreadCPUTime))?);
+            };
             work(at, &mut scratch)?;
         }
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..workers).map(|_| scope.spawn(one)).collect();
-        threads.into_iter().try_for_each(|t| t.join().unwrap_or(Err("panicked".into())))
+        threads.into_iter().map(|t| t.join().unwrap_or(Err("panicked".into()))).sum()
     })
 }

@@ -1,4 +1,5 @@
 //! Passes over memory of the test process, into stores that lend and stores that do not.
+#![expect(clippy::cast_possible_truncation, reason = "small numbers")]
 
 use super::*;
 use evidence::map::{Kind, Region};
