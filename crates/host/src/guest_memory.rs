@@ -472,7 +472,7 @@ impl GuestMemory {
 
 impl Source for GuestMemory {
     fn read(&self, at: GuestRange, buf: &mut [u8], states: &mut [PageState]) -> Result<(), Gone> {
-        self.read_into_zeros(at, buf, states)?;
+        self.read_but_holes(at, buf, states)?;
         let cells = Cells(at);
         for run in runs(states).filter(|run| states[run.start] == PageState::Hole) {
             buf[cells.span(&run)].fill(0);
@@ -480,7 +480,7 @@ impl Source for GuestMemory {
         Ok(())
     }
 
-    fn read_into_zeros(
+    fn read_but_holes(
         &self,
         at: GuestRange,
         buf: &mut [u8],

@@ -20,11 +20,12 @@ pub trait Source: Sync {
     /// [`Gone`]; `buf` and `states` then hold nothing of use.
     fn read(&self, at: GuestRange, buf: &mut [u8], states: &mut [PageState]) -> Result<(), Gone>;
 
-    /// The same for a `buf` that holds nothing but zeros: holes may be left alone in it.
+    /// The same, but the bytes of holes may be left as they are: for a `buf` that holds zeros
+    /// there, or whose holes nobody looks at.
     ///
     /// # Errors
-    /// As [`Source::read`]: `buf` may hold anything then.
-    fn read_into_zeros(
+    /// As [`Source::read`].
+    fn read_but_holes(
         &self,
         at: GuestRange,
         buf: &mut [u8],

@@ -108,6 +108,7 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// Reads a block; leaves the bytes of holes alone.
     fn read(
         &self,
         block: GuestRange,
@@ -115,7 +116,7 @@ impl Work<'_> {
         states: &mut [PageState],
     ) -> Result<Span, PassError> {
         let t0_ns = self.now();
-        self.source.read(block, buf, states)?;
+        self.source.read_but_holes(block, buf, states)?;
         Ok(Span { t0_ns, t1_ns: self.now() })
     }
 }
@@ -144,13 +145,8 @@ pub fn live(
 fn first(work: &Work<'_>, cell: &mut Cell, scratch: &mut Scratch) -> Result<(), PassError> {
     let (new, old, states) = scratch.parts(cell.block);
     let in_place = lend(work.store, cell.block, |kept| {
-        let t0_ns = work.now();
-        if let Err(gone) = work.source.read_into_zeros(cell.block, kept, states) {
-            // A block that is not wholly there is not there.
-            kept.fill(0);
-            return Err(gone);
-        }
-        Ok(Span { t0_ns, t1_ns: work.now() })
+        // A block that is not wholly there is not there.
+        work.read(cell.block, kept, states).inspect_err(|_| kept.fill(0))
     })?;
     let span = match in_place {
         Some(read) => read?,
@@ -191,20 +187,16 @@ fn again(
 ) -> Result<(), PassError> {
     let (new, old, states) = scratch.parts(cell.block);
     let span = work.read(cell.block, new, states)?;
-    let in_place = lend(work.store, cell.block, |kept| {
-        let (changed, first) = differences(cell.block, new, kept)?;
-        for run in page_runs(cell.block, |page| bit(&changed, page)) {
-            kept[run.clone()].copy_from_slice(&new[run]);
+    let is_hole = |state: &PageState| *state == PageState::Hole;
+    // What was a hole and is one needs no look.
+    if !states.iter().chain(&cell.states).all(is_hole) {
+        for run in page_runs(cell.block, |page| states.get(page).is_some_and(is_hole)) {
+            new[run].fill(0);
         }
-        Some((changed, first))
-    })?;
-    let difference = match in_place {
-        Some(difference) => difference,
-        None => put_again(work.store, cell, new, old)?,
-    };
-    if let Some((changed, first)) = difference {
-        cell.first = Some(Box::new(first));
-        cell.changed = Some(Box::new(changed));
+        if let Some((changed, first)) = keep_again(work.store, cell, new, old)? {
+            cell.first = Some(Box::new(first));
+            cell.changed = Some(Box::new(changed));
+        }
     }
     cell.states.copy_from_slice(states);
     cell.earlier = Some(cell.stored);
@@ -213,14 +205,24 @@ fn again(
     Ok(())
 }
 
-/// Puts the pages that differ from what the store holds; `old` is a buffer for that.
-fn put_again(
+/// Brings the pages that differ into the store; `old` is a buffer for what it held.
+fn keep_again(
     store: &dyn Store,
     cell: &mut Cell,
     new: &[u8],
     old: &mut [u8],
 ) -> Result<Option<(Changed, Digest)>, PassError> {
     let at = cell.block;
+    let in_place = lend(store, at, |kept| {
+        let (changed, first) = differences(at, new, kept)?;
+        for run in page_runs(at, |page| bit(&changed, page)) {
+            kept[run.clone()].copy_from_slice(&new[run]);
+        }
+        Some((changed, first))
+    })?;
+    if let Some(difference) = in_place {
+        return Ok(difference);
+    }
     store.get(at, old).map_err(|cause| PassError::Store { at, cause })?;
     let Some((changed, first)) = differences(at, new, old) else { return Ok(None) };
     put(store, at, new, |page| bit(&changed, page)).inspect_err(|_| {
