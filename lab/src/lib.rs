@@ -13,6 +13,7 @@
 //! its own reading of QEMU's memory map and its own way to guest memory.
 #![forbid(unsafe_code)]
 
+pub mod bare;
 mod cpio;
 mod error;
 mod guest;

@@ -86,7 +86,7 @@ impl Scratch {
         (0..workers.max(1)).map(|_| Self::new()).collect()
     }
 
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         // Not 0, for which the kernel would give no memory yet.
         let bytes = || vec![1u8; BLOCK_BYTES].into_boxed_slice();
         Self { new: bytes(), old: bytes(), states: vec![PageState::Hole; BLOCK_PAGES].into() }

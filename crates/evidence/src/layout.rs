@@ -1,6 +1,6 @@
 //! Where guest memory lies in a file or a store.
 
-use crate::{GuestRange, MemoryMap};
+use crate::{BLOCK_LEN, GuestRange, MemoryMap};
 
 /// A guest-physical range and the byte offset where it is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,20 +86,22 @@ impl Segments {
         Ok(Self { list })
     }
 
-    /// The imaged regions of `map` one behind the other from offset 0, each at a multiple of
-    /// `align` (a power of two): how a RAM store lies.
+    /// The imaged regions of `map` one behind the other, each at an offset that is its address but
+    /// for a multiple of [`BLOCK_LEN`], and of `align` (a power of two) where that is more: how a
+    /// RAM store lies. A block of the guest is then in one MiB of the store, not in two.
     ///
     /// # Errors
     /// [`LayoutError::Offset`] when the sum is no file offset.
     pub fn packed(map: &MemoryMap, align: u64) -> Result<Self, LayoutError> {
         let mut list = Vec::new();
-        let mut offset = 0u64;
+        let align = align.max(BLOCK_LEN);
+        let mut end = 0u64;
         for (_, range) in map.imaged() {
+            // Of 64 bits as well: 2^64 is a multiple of `align`.
+            let skew = range.start().wrapping_sub(end) & (align - 1);
+            let offset = end.checked_add(skew).ok_or(LayoutError::Offset { range, offset: end })?;
+            end = offset.checked_add(range.len()).ok_or(LayoutError::Offset { range, offset })?;
             list.push(Segment { range, offset });
-            offset = offset
-                .checked_add(range.len())
-                .and_then(|end| end.checked_next_multiple_of(align))
-                .ok_or(LayoutError::Offset { range, offset })?;
         }
         Self::new(list)
     }
@@ -132,14 +134,30 @@ mod tests {
 
     #[test]
     fn packed_lies_back_to_back() {
-        let map = MemoryMap::new(vec![ram(0, 0x1001), ram(0x10_0000, 0x2000)]).unwrap();
+        let map = MemoryMap::new(vec![ram(0, 0x1001), ram(0x30_0000, 0x2000)]).unwrap();
         let segments = Segments::packed(&map, 4096).unwrap();
         let offsets: Vec<_> = segments.list().iter().map(|s| s.offset).collect();
-        assert_eq!(offsets, [0, 0x2000]);
-        assert_eq!(segments.offset_of(GuestRange::new(0x10_1000, 0x1000).unwrap()), Some(0x3000));
-        assert_eq!(segments.offset_of(GuestRange::new(0x10_1000, 0x1001).unwrap()), None);
+        assert_eq!(offsets, [0, 0x10_0000]);
+        assert_eq!(
+            segments.offset_of(GuestRange::new(0x30_1000, 0x1000).unwrap()),
+            Some(0x10_1000)
+        );
+        assert_eq!(segments.offset_of(GuestRange::new(0x30_1000, 0x1001).unwrap()), None);
         assert_eq!(segments.offset_of(GuestRange::new(0xf_ffff, 1).unwrap()), None);
-        assert_eq!(segments.end(), 0x4000);
+        assert_eq!(segments.end(), 0x10_2000);
+    }
+
+    #[test]
+    fn packed_blocks_lie_in_one_mib_each() {
+        let map = MemoryMap::new(vec![
+            ram(0, 0xa_0000),
+            ram(0xc_0000, 0x44_0000),
+            ram(0xfffc_0000, 0x4_0000),
+            ram(0x1_0000_0000, 0x10_0000),
+        ]);
+        let segments = Segments::packed(&map.unwrap(), 4096).unwrap();
+        let offsets: Vec<_> = segments.list().iter().map(|s| s.offset).collect();
+        assert_eq!(offsets, [0, 0xc_0000, 0x5c_0000, 0x60_0000]);
     }
 
     #[test]

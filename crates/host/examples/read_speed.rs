@@ -1,20 +1,23 @@
-//! How fast memory of another process comes into the stores, in the method's own way: blocks of
-//! 1 MiB, each read into a buffer and put by position.
+//! How fast memory of another process comes into the stores, in the methods' own way: blocks of
+//! 1 MiB, each read into what the store lends, or into a buffer and put by position; and how fast
+//! it is read again and compared with what the store holds.
 //!
 //! ```text
 //! cargo run --release -p stillframe-host --example read_speed [MiB]
 //! ```
-//! The other process is this program once more, with memory full of noise.
+//! The other process is this program once more, with memory full of noise. Each figure is in bytes
+//! by time and by the workers' CPU time: the latter says the same on a host with other work.
 
 use evidence::{BLOCK_LEN, GuestRange, PageState, Segment, Segments};
 use host::{DiskStore, GuestMemory, Place, Process, RamStore, Source, Store};
+use rustix::time::{ClockId, clock_gettime};
 use std::error::Error;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> Result<(), Failed> {
     let mut args = std::env::args().skip(1);
     match args.next().as_deref() {
         Some("hold") => hold(args.next().ok_or("how many MiB?")?.parse()?),
@@ -23,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// The other process: tells where its memory is, and waits for the end of its input.
-fn hold(mib: usize) -> Result<(), Box<dyn Error>> {
+fn hold(mib: usize) -> Result<(), Failed> {
     let mut state = 88172645463325252u64;
     let mut words: Vec<u64> = Vec::with_capacity((mib + 1) << 17);
     let hva = words.as_ptr().addr();
@@ -43,7 +46,7 @@ fn hold(mib: usize) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn measure(mib: u64) -> Result<(), Box<dyn Error>> {
+fn measure(mib: u64) -> Result<(), Failed> {
     let mut child = Command::new(std::env::current_exe()?)
         .args(["hold", &mib.to_string()])
         .stdin(Stdio::piped())
@@ -61,62 +64,98 @@ fn measure(mib: u64) -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let limit = RamStore::limit(None)?;
     let ram = RamStore::reserve(segments.clone(), &[range], &limit, |_, _| (), || false)?;
-    report("faulting the RAM store in", range, start);
+    println!("faulting the RAM store in: {:.2} GB/s", rate(range, start.elapsed()));
     let path = std::env::temp_dir().join(format!("read_speed-{}", std::process::id()));
     let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;
     let disk = DiskStore::new(file, segments)?;
     println!("disk store: {:?}, direct {}", disk.reserve(&[range])?, disk.is_direct());
 
-    for workers in [1, 2] {
-        let start = Instant::now();
-        copy(&memory, None, range, workers)?;
-        report(&format!("reading alone, {workers} worker(s)"), range, start);
-        let start = Instant::now();
-        copy(&memory, Some(&ram), range, workers)?;
-        report(&format!("into the RAM store, {workers} worker(s)"), range, start);
-        let start = Instant::now();
-        copy(&memory, Some(&disk), range, workers)?;
+    // Twice: the first round of each is into memory that was not used yet.
+    for workers in [1, 2, 1, 2] {
+        let time = |what: &str, work: &Work<'_>| -> Result<(), Failed> {
+            let start = Instant::now();
+            let cpu = each(range, workers, work)?;
+            let (took, cpu) = (rate(range, start.elapsed()), rate(range, cpu));
+            println!("{workers} worker(s), {what}: {took:.2} GB/s, {cpu:.2} GB per CPU second");
+            Ok(())
+        };
+        time("reading alone", &|at, scratch| scratch.read(&memory, at))?;
+        time("by a buffer into the RAM store", &|at, scratch| {
+            scratch.read(&memory, at)?;
+            Ok(ram.put(at, &scratch.buf)?)
+        })?;
+        time("straight into the RAM store", &|at, scratch| {
+            let states = &mut scratch.states;
+            let mut read = Ok(());
+            ram.lend(at, &mut |kept| read = memory.read(at, kept, states))?;
+            Ok(read?)
+        })?;
+        time("again, compared by a buffer", &|at, scratch| {
+            scratch.read(&memory, at)?;
+            ram.get(at, &mut scratch.old)?;
+            same(scratch.buf == scratch.old)
+        })?;
+        time("again, compared in place", &|at, scratch| {
+            scratch.read(&memory, at)?;
+            let mut equal = false;
+            ram.lend(at, &mut |kept| equal = scratch.buf == kept)?;
+            same(equal)
+        })?;
+        time("by a buffer into the disk store", &|at, scratch| {
+            scratch.read(&memory, at)?;
+            Ok(disk.put(at, &scratch.buf)?)
+        })?;
         disk.sync()?;
-        report(&format!("into the disk store, {workers} worker(s)"), range, start);
     }
     drop(child.stdin.take());
     child.wait()?;
     Ok(())
 }
 
-fn report(what: &str, range: GuestRange, start: Instant) {
-    let rate = range.len() as f64 / 1e9 / start.elapsed().as_secs_f64();
-    let _ = writeln!(std::io::stdout(), "{what}: {rate:.2} GB/s");
+/// GB/s.
+fn rate(range: GuestRange, took: Duration) -> f64 {
+    range.len() as f64 / 1e9 / took.as_secs_f64()
 }
 
-/// Copies all blocks of `range` by `workers` threads.
-fn copy(
-    memory: &GuestMemory,
-    store: Option<&dyn Store>,
-    range: GuestRange,
-    workers: usize,
-) -> Result<(), Box<dyn Error>> {
+/// A worker's buffers, as long as the block that it has.
+struct Scratch {
+    buf: Vec<u8>,
+    old: Vec<u8>,
+    states: Vec<PageState>,
+}
+
+impl Scratch {
+    fn read(&mut self, memory: &GuestMemory, at: GuestRange) -> Result<(), Failed> {
+        Ok(memory.read(at, &mut self.buf, &mut self.states)?)
+    }
+}
+
+type Failed = Box<dyn Error + Send + Sync>;
+type Work<'a> = dyn Fn(GuestRange, &mut Scratch) -> Result<(), Failed> + Sync + 'a;
+
+fn same(equal: bool) -> Result<(), Failed> {
+    if equal { Ok(()) } else { Err("the store holds something else".into()) }
+}
+
+/// Calls `work` for all blocks of `range`, which are whole, in `workers` threads; gives the CPU
+/// time that they took together.
+fn each(range: GuestRange, workers: usize, work: &Work<'_>) -> Result<Duration, Failed> {
     let next = AtomicU64::new(0);
-    let work = || -> Result<(), String> {
-        let mut buf = vec![0; 1 << 20];
-        let mut states = vec![PageState::Hole; 257];
+    let one = || -> Result<Duration, Failed> {
+        let bytes = || vec![0; 1 << 20];
+        let states = vec![PageState::Hole; 256];
+        let mut scratch = Scratch { buf: bytes(), old: bytes(), states };
         loop {
-            let cell = range.start() / BLOCK_LEN + next.fetch_add(1, Ordering::Relaxed);
-            let block = GuestRange::new(cell * BLOCK_LEN, BLOCK_LEN);
-            let Some(at) = block.and_then(|b| b.intersect(range)) else { return Ok(()) };
-            let len = usize::try_from(at.len()).map_err(|e| e.to_string())?;
-            let pages = usize::try_from(evidence::state::page_count(at)).unwrap_or(0);
-            let (buf, states) = (&mut buf[..len], &mut states[..pages]);
-            memory.read(at, buf, states).map_err(|e| e.to_string())?;
-            if let Some(store) = store {
-                store.put(at, buf).map_err(|e| e.to_string())?;
-            }
+            let block = GuestRange::new(next.fetch_add(BLOCK_LEN, Ordering::Relaxed), BLOCK_LEN);
+            let Some(at) = block.filter(|block| range.covers(*block)) else {
+                return Ok(Duration::try_from(clock_gettime(ClockId::ThreadCPUTime))?);
+            };
+            work(at, &mut scratch)?;
         }
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().try_for_each(|t| t.join().unwrap_or(Err("panicked".into())))
-    })?;
-    Ok(())
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(one)).collect();
+        threads.into_iter().map(|t| t.join().unwrap_or(Err("panicked".into()))).sum()
+    })
 }

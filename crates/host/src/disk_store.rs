@@ -5,7 +5,7 @@
 //! written back and dropped at once, so that the host's cache stays the VMs'.
 
 use crate::fs::{free_beside, is_in_memory};
-use crate::store::{Store, StoreError, offset_of};
+use crate::store::{Store, StoreError, length_of, offset_of};
 use evidence::{GuestRange, Segments};
 use nix::libc;
 use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, StatxFlags};
@@ -180,8 +180,7 @@ impl DiskStore {
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] when `range` is in no segment.
     pub fn punch(&self, range: GuestRange) -> io::Result<()> {
-        let len = usize::try_from(range.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let offset = offset_of(&self.segments, range, len)?;
+        let offset = offset_of(&self.segments, range, length_of(range)?)?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         loop {
             match rustix::fs::fallocate(&self.file, flags, offset, range.len()) {
@@ -198,8 +197,7 @@ impl DiskStore {
     /// # Errors
     /// [`io::ErrorKind::InvalidInput`] when `range` is in no segment; the disk's.
     pub fn release(&self, range: GuestRange) -> io::Result<()> {
-        let len = usize::try_from(range.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let offset = offset_of(&self.segments, range, len)?;
+        let offset = offset_of(&self.segments, range, length_of(range)?)?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(&self.file, flags, offset, range.len()) {
             Err(Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
@@ -344,6 +342,11 @@ impl Store for DiskStore {
 
     fn get(&self, at: GuestRange, buf: &mut [u8]) -> io::Result<()> {
         self.read_at(offset_of(&self.segments, at, buf.len())?, buf)
+    }
+
+    /// Never: it would be memory with the file's pages in it.
+    fn lend(&self, at: GuestRange, _: &mut dyn FnMut(&mut [u8])) -> io::Result<bool> {
+        offset_of(&self.segments, at, length_of(at)?).map(|_| false)
     }
 }
 

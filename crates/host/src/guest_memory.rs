@@ -382,7 +382,7 @@ impl GuestMemory {
         held.place.range.covers(at).then_some(held)
     }
 
-    /// Reads one window: at most [`WINDOW`] cells.
+    /// Reads one window: at most [`WINDOW`] cells. Leaves the bytes of holes alone.
     fn window(
         &self,
         held: &Held,
@@ -419,7 +419,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Reads cells that are all read the same way.
+    /// Reads cells that are all read the same way; leaves the bytes of holes alone.
     fn run(
         &self,
         held: &Held,
@@ -432,7 +432,6 @@ impl GuestMemory {
         let merged = held.merged.load(Ordering::Relaxed);
         let read = match (way, &held.backing) {
             (Way::Hole, _) => {
-                buf.fill(0);
                 states.fill(PageState::Hole);
                 Ok(())
             }
@@ -494,6 +493,20 @@ impl GuestMemory {
 
 impl Source for GuestMemory {
     fn read(&self, at: GuestRange, buf: &mut [u8], states: &mut [PageState]) -> Result<(), Gone> {
+        self.read_but_holes(at, buf, states)?;
+        let cells = Cells(at);
+        for run in runs(states).filter(|run| states[run.start] == PageState::Hole) {
+            buf[cells.span(&run)].fill(0);
+        }
+        Ok(())
+    }
+
+    fn read_but_holes(
+        &self,
+        at: GuestRange,
+        buf: &mut [u8],
+        states: &mut [PageState],
+    ) -> Result<(), Gone> {
         check_fit(at, buf, states)?;
         let held = self.place_of(at).ok_or(Gone::NoPlace { at })?;
         let cells = Cells(at);
@@ -558,9 +571,9 @@ enum Way {
 }
 
 /// The runs of equal neighbours.
-fn runs(ways: &[Way]) -> impl Iterator<Item = Range<usize>> {
+fn runs<T: PartialEq>(list: &[T]) -> impl Iterator<Item = Range<usize>> {
     let mut next = 0;
-    ways.chunk_by(|a, b| a == b).map(move |chunk| {
+    list.chunk_by(|a, b| a == b).map(move |chunk| {
         let run = next..next + chunk.len();
         next = run.end;
         run

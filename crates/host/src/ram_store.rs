@@ -7,7 +7,7 @@
 //! that are not faulted in costs the window 0.4-1.4 GB/s: hence [`RamStore::reserve`].
 
 use crate::memory::{self, HostMemory};
-use crate::store::{Store, StoreError, offset_of};
+use crate::store::{Store, StoreError, length_of, offset_of};
 use evidence::{GuestRange, Segments};
 use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use rustix::io::Errno;
@@ -73,7 +73,7 @@ struct Mapped {
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread; `Mapped` owns it and no reference
-// into it is ever made. Its accesses are `unsafe fn`s whose callers rule out races.
+// into it outlives a call. Its accesses are `unsafe fn`s whose callers rule out races.
 unsafe impl Send for Mapped {}
 // SAFETY: as for `Send`: all that a shared `Mapped` can do without `unsafe` is to ask the kernel
 // to fault pages in, which is no access in the sense of the language.
@@ -128,6 +128,16 @@ impl Mapped {
         // `self`; the file cannot shrink under it (F_SEAL_SHRINK). The caller rules out races,
         // and `bytes` cannot overlap memory that no reference leads to.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    /// Lends the bytes of `range` to `work`.
+    ///
+    /// # Safety
+    /// Nothing else may access these bytes meanwhile.
+    unsafe fn lend(&self, range: Range<usize>, work: &mut dyn FnMut(&mut [u8])) {
+        // SAFETY: as in `copy_in`; the mapping holds initialised bytes throughout, for the kernel
+        // gives zeros. The reference ends with the call, and the caller rules out others.
+        work(unsafe { std::slice::from_raw_parts_mut(self.at(&range), range.len()) });
     }
 
     /// Copies what is at `offset` into `buf`.
@@ -349,6 +359,23 @@ impl Store for RamStore {
         }
         Ok(())
     }
+
+    /// Whatever lies in one cell that is faulted in. A range over two cells would make workers
+    /// on neighbouring ranges wait for each other: they are quicker with buffers of their own.
+    fn lend(&self, at: GuestRange, work: &mut dyn FnMut(&mut [u8])) -> io::Result<bool> {
+        let len = length_of(at)?;
+        let offset = self.position(at, len)?;
+        let cell = offset / CELL_LEN;
+        if (offset + len - 1) / CELL_LEN != cell {
+            return Ok(false);
+        }
+        let faulted_in = self.cells[cell].write().unwrap_or_else(PoisonError::into_inner);
+        if *faulted_in {
+            // SAFETY: as in `put`: the write side of this cell's lock is ours.
+            unsafe { self.mapped.lend(offset..offset + len, work) }
+        }
+        Ok(*faulted_in)
+    }
 }
 
 /// A part of a range of the store that lies in one cell.
@@ -498,6 +525,50 @@ mod tests {
         let full = store.put(range(0x20_0000, 1), &[1]).unwrap_err();
         assert_eq!(full.kind(), io::ErrorKind::OutOfMemory);
         assert_eq!(store.taken(), 2 << 20);
+    }
+
+    #[test]
+    fn what_is_faulted_in_is_lent_and_nothing_else_is() {
+        // Segment 0xc0000 lies at 0x301000: cells end at 0x1bf000 and 0x2bf000 of the guest.
+        let store = reserve(&[range(0xc_0000, 0xf_f000), range(0x2b_f000, 1)], 3 << 20).unwrap();
+        let lent = |at| {
+            let mut found = None;
+            assert_eq!(store.lend(at, &mut |b| found = Some(b.len())).unwrap(), found.is_some());
+            found
+        };
+        assert_eq!(lent(range(0xc_0000, 0xf_f000)), Some(0xf_f000));
+        assert_eq!(lent(range(0x2b_f000, 0x1000)), Some(0x1000));
+        // Not faulted in: lending takes nothing of what is spare, putting does.
+        let between = range(0x1b_f000, 0x10_0000);
+        assert_eq!((lent(between), store.taken()), (None, 2 << 20));
+        store.put(range(0x1b_f000, 1), &[1]).unwrap();
+        assert_eq!((lent(between), store.taken()), (Some(0x10_0000), 3 << 20));
+        // Nothing is spare any more, and what there is, is lent as before.
+        assert!(store.put(range(0, 1), &[1]).is_err());
+        assert_eq!((lent(range(0, 1)), lent(between)), (None, Some(0x10_0000)));
+        // Over two cells, both faulted in.
+        assert_eq!(lent(range(0x1b_efff, 2)), None);
+    }
+
+    #[test]
+    fn lent_bytes_are_nobody_elses() {
+        let store = reserve(&[range(0x1_0000_0000, 0x10_0000)], 1 << 20).unwrap();
+        let at = range(0x1_0000_0000, 8);
+        let add = |bytes: &mut [u8]| {
+            let number = u64::from_ne_bytes(bytes.try_into().unwrap());
+            std::thread::yield_now();
+            bytes.copy_from_slice(&(number + 1).to_ne_bytes());
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    (0..1000).for_each(|_| assert!(store.lend(at, &mut { add }).unwrap()))
+                });
+            }
+        });
+        let mut sum = [0; 8];
+        store.get(at, &mut sum).unwrap();
+        assert_eq!(u64::from_ne_bytes(sum), 4000);
     }
 
     #[test]

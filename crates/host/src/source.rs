@@ -19,6 +19,20 @@ pub trait Source: Sync {
     /// # Errors
     /// [`Gone`]; `buf` and `states` then hold nothing of use.
     fn read(&self, at: GuestRange, buf: &mut [u8], states: &mut [PageState]) -> Result<(), Gone>;
+
+    /// The same, but the bytes of holes may be left as they are: for a `buf` that holds zeros
+    /// there, or whose holes nobody looks at.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    fn read_but_holes(
+        &self,
+        at: GuestRange,
+        buf: &mut [u8],
+        states: &mut [PageState],
+    ) -> Result<(), Gone> {
+        self.read(at, buf, states)
+    }
 }
 
 /// Nothing more can be read from the source.

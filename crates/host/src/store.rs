@@ -21,6 +21,19 @@ pub trait Store: Sync {
     /// # Errors
     /// As [`Store::put`].
     fn get(&self, at: GuestRange, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Lends what the store holds at `at` to `work`, to be read and changed in place: what was
+    /// never put is zeros. Says whether it was lent; what was not is for [`Store::put`] and
+    /// [`Store::get`]. Nobody else can put or get it meanwhile: `work` must not use the store.
+    ///
+    /// # Errors
+    /// As [`Store::put`]; `work` was not called then.
+    fn lend(&self, at: GuestRange, work: &mut dyn FnMut(&mut [u8])) -> io::Result<bool>;
+}
+
+/// Length of the buffer that holds `at`.
+pub(crate) fn length_of(at: GuestRange) -> io::Result<usize> {
+    usize::try_from(at.len()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 /// Offset of `at` in a store of `segments`, for a buffer of `len` bytes.
@@ -132,6 +145,7 @@ pub(crate) mod tests {
     /// What every store must do; `store` is new and made with [`segments`].
     pub(crate) fn suite(store: &impl Store) {
         never_put_is_zero(store);
+        lending_is_putting(store);
         ranges_of_all_kinds(store);
         workers_beside_each_other(store);
         misuse_is_refused(store);
@@ -139,6 +153,42 @@ pub(crate) mod tests {
 
     fn never_put_is_zero(store: &impl Store) {
         assert!(get(store, range(0x10_0001, 0x5432)).iter().all(|b| *b == 0));
+    }
+
+    /// Changes what is at `at` to `bytes`, by whatever way the store has; gives what was there.
+    fn replace(store: &impl Store, at: GuestRange, bytes: &[u8]) -> Vec<u8> {
+        let mut old = vec![0xee; bytes.len()];
+        let mut work = |lent: &mut [u8]| {
+            old.copy_from_slice(lent);
+            lent.copy_from_slice(bytes);
+        };
+        if !store.lend(at, &mut work).unwrap() {
+            assert!(old.iter().all(|b| *b == 0xee), "used, and said not to be lent");
+            store.get(at, &mut old).unwrap();
+            store.put(at, bytes).unwrap();
+        }
+        old
+    }
+
+    fn lending_is_putting(store: &impl Store) {
+        // In a cell of the RAM store, over two, with odd ends, over a whole segment.
+        let pieces = [
+            range(0x20_1234, 0x1000),
+            range(0xf_fff0, 0x20),
+            range(0, 0xa_0000),
+            range(0x30_0122, 1),
+        ];
+        for at in pieces {
+            let old = replace(store, at, &pattern(at, 1));
+            assert!(old.iter().all(|b| *b == 0), "{at}");
+            assert_eq!(replace(store, at, &pattern(at, 2)), pattern(at, 1), "{at}");
+            assert_eq!(get(store, at), pattern(at, 2), "{at}");
+        }
+        for beside in [range(0x20_0000, 0x1234), range(0x20_2234, 0x100), range(0xf_ff00, 0xf0)] {
+            assert!(get(store, beside).iter().all(|b| *b == 0), "{beside}");
+        }
+        // Back to nothing, for what comes next.
+        pieces.iter().for_each(|at| store.put(*at, &vec![0; at.len() as usize]).unwrap());
     }
 
     fn ranges_of_all_kinds(store: &impl Store) {
@@ -179,7 +229,8 @@ pub(crate) mod tests {
                 scope.spawn(move || {
                     for page in (worker..256).step_by(4) {
                         let at = range(0x10_0000 + page * 0x1000, 0x1000);
-                        store.put(at, &pattern(at, 5)).unwrap();
+                        store.put(at, &pattern(at, 4)).unwrap();
+                        assert_eq!(replace(store, at, &pattern(at, 5)), pattern(at, 4));
                         assert_eq!(get(store, at), pattern(at, 5));
                     }
                 });
@@ -198,5 +249,8 @@ pub(crate) mod tests {
         refused(store.put(range(0xa_0000, 1), &[0]));
         refused(store.put(range(0x9_ffff, 2), &[0; 2]));
         refused(store.get(range(0x30_0123, 1), &mut [0]));
+        for at in [range(0xa_0000, 1), range(0x9_ffff, 2), range(0x30_0123, 1)] {
+            refused(store.lend(at, &mut |_| panic!("lent {at}")).map(|_| ()));
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! The bench of `live`: its window against QEMU's own `pmemsave` and `dump-guest-memory` on the same
-//! idle guest in the same run, and the tool's memory beside its store.
+//! idle guest in the same run, against what the host allows, and the tool's memory beside its store.
 //!
 //! `stillframe-bench OUT.json [RUNS]`; `STILLFRAME_TOOL` names the tool. Times are of whole
 //! processes or commands; only ratios within one run mean anything.
 #![forbid(unsafe_code)]
 
+use lab::bare::Bare;
 use lab::{Lab, Result, Version, failed};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -39,6 +40,7 @@ fn run() -> Result<()> {
             "run": run,
             "live": live(&lab, guest.pid(), "ram")?,
             "live_to_disk_store": live(&lab, guest.pid(), "disk")?,
+            "bare": bare(&mut guest)?,
             "pmemsave_s": pmemsave(&mut guest)?,
             "dump_guest_memory_s": dump(&mut guest)?,
         });
@@ -96,6 +98,19 @@ fn live(lab: &Lab, pid: u32, store: &str) -> Result<Value> {
     read
 }
 
+/// The lab's own loop over the same memory: what the host allows.
+fn bare(guest: &mut lab::Guest) -> Result<Value> {
+    let mut bare = Bare::new(guest)?;
+    let times = bare.times()?;
+    Ok(json!({
+        "bytes": bare.len_bytes(),
+        "read_s": times.read,
+        "keep_s": times.keep,
+        "compare_s": times.compare,
+        "window_s": times.keep + times.compare,
+    }))
+}
+
 /// QMP `pmemsave` of every RAM region to tmpfs, one command each.
 fn pmemsave(guest: &mut lab::Guest) -> Result<f64> {
     let file = PathBuf::from("/dev/shm").join(format!("stillframe-bench-{}.raw", guest.pid()));
@@ -139,7 +154,16 @@ fn medians(rows: &[Value]) -> Value {
     let window = median(rows, "/live/window_s");
     let pmemsave = median(rows, "/pmemsave_s");
     let dump = median(rows, "/dump_guest_memory_s");
+    let bare_keep = median(rows, "/bare/keep_s");
+    let bare_window = median(rows, "/bare/window_s");
     json!({
+        "bare_read_s": median(rows, "/bare/read_s"),
+        "bare_keep_s": bare_keep,
+        "bare_window_s": bare_window,
+        "pmemsave_over_bare_window": pmemsave / bare_window,
+        "dump_over_bare_window": dump / bare_window,
+        "dump_over_bare_keep": dump / bare_keep,
+        "window_over_bare_window": window / bare_window,
         "live_window_s": window,
         "live_whole_s": median(rows, "/live/whole_s"),
         "live_disk_store_window_s": median(rows, "/live_to_disk_store/window_s"),
@@ -168,5 +192,21 @@ fn print_table(medians: &Value) {
     println!("| dump-guest-memory, ELF | {:.2} s | |", get("dump_guest_memory_s"));
     println!("| pmemsave / window | {:.1} | >= 20 |", get("pmemsave_over_window"));
     println!("| dump-guest-memory / window | {:.1} | >= 4 |", get("dump_over_window"));
+    println!("| bare loop, reading only | {:.2} s | |", get("bare_read_s"));
+    println!("| bare loop, into memory | {:.2} s | |", get("bare_keep_s"));
+    println!(
+        "| bare loop, into memory, then read and compared | {:.2} s | |",
+        get("bare_window_s")
+    );
+    println!("| pmemsave / that | {:.1} | >= 20 for `live` |", get("pmemsave_over_bare_window"));
+    println!(
+        "| dump-guest-memory / that | {:.1} | >= 4 for `live` |",
+        get("dump_over_bare_window")
+    );
+    println!(
+        "| dump-guest-memory / bare loop into memory | {:.1} | >= 10 for a hold |",
+        get("dump_over_bare_keep")
+    );
+    println!("| window / bare loop's | {:.2} | |", get("window_over_bare_window"));
     println!("| memory beside the store | {:.1} MiB | <= 66 MiB |", get("beside_store_mib"));
 }

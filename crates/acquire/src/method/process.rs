@@ -15,7 +15,7 @@ use crate::log::Log;
 use crate::plan::{AUDIT_PAGES, HoldKind, PlannedHold};
 use crate::stop::Stop;
 use evidence::block::{BLOCK_PAGES, index};
-use evidence::digest::sha256;
+use evidence::digest::{Digest, sha256};
 use evidence::manifest::{Audit, Hold};
 use evidence::record::Span;
 use evidence::state::pages;
@@ -129,6 +129,7 @@ impl Work<'_> {
         self.source.begin_pass().map_err(|error| Cut::Failed(PassError::Mappings(error)))
     }
 
+    /// Reads a block; leaves the bytes of holes alone.
     fn read(
         &self,
         block: GuestRange,
@@ -136,7 +137,7 @@ impl Work<'_> {
         states: &mut [PageState],
     ) -> Result<Span, PassError> {
         let t0_ns = self.now();
-        self.source.read(block, buf, states)?;
+        self.source.read_but_holes(block, buf, states)?;
         Ok(Span { t0_ns, t1_ns: self.now() })
     }
 }
@@ -409,6 +410,7 @@ fn audit(
             }
             let (new, old, states) = scratch.parts(*page);
             let same = work.source.read(*page, new, states).is_ok()
+                && states.iter().all(|state| *state == PageState::Data)
                 && work.store.get(*page, old).is_ok()
                 && new == old;
             if !same {
@@ -436,21 +438,42 @@ fn audit(
     (Audit::new(count, &differing), Span { t0_ns, t1_ns: work.now() })
 }
 
-/// Reads a block for the first time. The store holds zeros until then, so only data is put.
+/// Reads a block for the first time. The store holds zeros until then: what it lends is read
+/// into right there, else only data is put.
 fn first(work: &Work<'_>, cell: &mut Cell, scratch: &mut Scratch) -> Result<(), PassError> {
     let (new, old, states) = scratch.parts(cell.block);
-    let span = work.read(cell.block, new, states)?;
-    let is_data = |page: usize| states.get(page) == Some(&PageState::Data);
-    if let Err(error) = put(work.store, cell.block, new, is_data) {
-        // A block that is not wholly there is not there: what was put of it becomes zeros again.
-        old.fill(0);
-        let _ = put(work.store, cell.block, old, is_data);
-        return Err(error);
-    }
+    let in_place = lend(work.store, cell.block, |kept| {
+        // A block that is not wholly there is not there.
+        work.read(cell.block, kept, states).inspect_err(|_| kept.fill(0))
+    })?;
+    let span = match in_place {
+        Some(read) => read?,
+        None => {
+            let span = work.read(cell.block, new, states)?;
+            put_first(work.store, cell.block, new, old, states)?;
+            span
+        }
+    };
     cell.states.copy_from_slice(states);
     cell.stored = span;
     cell.pass = 1;
     Ok(())
+}
+
+/// Puts the data of a block into a store that holds zeros there.
+fn put_first(
+    store: &dyn Store,
+    block: GuestRange,
+    new: &[u8],
+    zeros: &mut [u8],
+    states: &[PageState],
+) -> Result<(), PassError> {
+    let is_data = |page: usize| states.get(page) == Some(&PageState::Data);
+    put(store, block, new, is_data).inspect_err(|_| {
+        // A block that is not wholly there is not there: what was put of it becomes zeros again.
+        zeros.fill(0);
+        let _ = put(store, block, zeros, is_data);
+    })
 }
 
 /// Reads a block again and compares it with what the store holds.
@@ -462,18 +485,16 @@ fn again(
 ) -> Result<(), PassError> {
     let (new, old, states) = scratch.parts(cell.block);
     let span = work.read(cell.block, new, states)?;
-    work.store.get(cell.block, old).map_err(|cause| PassError::Store { at: cell.block, cause })?;
-    if new != old {
-        let changed = differences(cell.block, new, old);
-        if let Err(error) = put(work.store, cell.block, new, |page| bit(&changed, page)) {
-            // The block stays what the pass before read, whole; its space is already held.
-            if put(work.store, cell.block, old, |page| bit(&changed, page)).is_err() {
-                cell.pass = 0;
-            }
-            return Err(error);
+    let is_hole = |state: &PageState| *state == PageState::Hole;
+    // What was a hole and is one needs no look.
+    if !states.iter().chain(&cell.states).all(is_hole) {
+        for run in page_runs(cell.block, |page| states.get(page).is_some_and(is_hole)) {
+            new[run].fill(0);
         }
-        cell.first = Some(Box::new(sha256(old)));
-        cell.changed = Some(Box::new(changed));
+        if let Some((changed, first)) = keep_again(work.store, cell, new, old)? {
+            cell.first = Some(Box::new(first));
+            cell.changed = Some(Box::new(changed));
+        }
     }
     cell.states.copy_from_slice(states);
     cell.earlier = Some(cell.stored);
@@ -482,8 +503,53 @@ fn again(
     Ok(())
 }
 
-/// The pages whose bytes differ.
-fn differences(block: GuestRange, new: &[u8], old: &[u8]) -> Changed {
+/// Brings the pages that differ into the store; `old` is a buffer for what it held.
+fn keep_again(
+    store: &dyn Store,
+    cell: &mut Cell,
+    new: &[u8],
+    old: &mut [u8],
+) -> Result<Option<(Changed, Digest)>, PassError> {
+    let at = cell.block;
+    let in_place = lend(store, at, |kept| {
+        let (changed, first) = differences(at, new, kept)?;
+        for run in page_runs(at, |page| bit(&changed, page)) {
+            kept[run.clone()].copy_from_slice(&new[run]);
+        }
+        Some((changed, first))
+    })?;
+    if let Some(difference) = in_place {
+        return Ok(difference);
+    }
+    store.get(at, old).map_err(|cause| PassError::Store { at, cause })?;
+    let Some((changed, first)) = differences(at, new, old) else { return Ok(None) };
+    put(store, at, new, |page| bit(&changed, page)).inspect_err(|_| {
+        // The block stays what the pass before read, whole; its space is already held.
+        if put(store, at, old, |page| bit(&changed, page)).is_err() {
+            cell.pass = 0;
+        }
+    })?;
+    Ok(Some((changed, first)))
+}
+
+/// What `work` gives for the bytes that the store lends; `None` when it does not lend them.
+fn lend<T>(
+    store: &dyn Store,
+    block: GuestRange,
+    mut work: impl FnMut(&mut [u8]) -> T,
+) -> Result<Option<T>, PassError> {
+    let mut given = None;
+    store
+        .lend(block, &mut |bytes| given = Some(work(bytes)))
+        .map_err(|cause| PassError::Store { at: block, cause })?;
+    Ok(given)
+}
+
+/// The pages whose bytes differ, and the digest of `old`; `None` when no byte does.
+fn differences(block: GuestRange, new: &[u8], old: &[u8]) -> Option<(Changed, Digest)> {
+    if new == old {
+        return None;
+    }
     let mut changed = Changed::default();
     for (page, span) in page_spans(block).enumerate() {
         if new.get(span.clone()) != old.get(span)
@@ -492,7 +558,7 @@ fn differences(block: GuestRange, new: &[u8], old: &[u8]) -> Changed {
             *word |= 1 << (page % 64);
         }
     }
-    changed
+    Some((changed, sha256(old)))
 }
 
 /// Whether page `page` is among `bits`.
@@ -540,3 +606,6 @@ fn put(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

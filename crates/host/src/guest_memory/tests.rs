@@ -195,6 +195,26 @@ fn anonymous() {
 }
 
 #[test]
+fn holes_can_be_left_alone() {
+    for area in [Area::anonymous(700), Area::memfd(700, MapFlags::SHARED)] {
+        [3, 4, 511, 600].iter().for_each(|page| area.write(*page, *page as u8));
+        let memory = open(&[(&area, GPA)]).unwrap();
+        let (at, odd) = (GPA + 0x2345, 0x25_0123);
+        let (bytes, states) = read(&memory, at, odd);
+        let into = |filler| {
+            let (mut buf, mut states) = (vec![filler; bytes.len()], states.clone());
+            states.fill(PageState::Excluded);
+            let at = GuestRange::new(at, odd).unwrap();
+            memory.read_but_holes(at, &mut buf, &mut states).unwrap();
+            (buf, states)
+        };
+        assert!(into(0) == (bytes.clone(), states.clone()));
+        // Page 2, from 0x345 on, is a hole.
+        assert_eq!((states[0], into(9).0[..0xcbb].to_vec()), (Hole, vec![9; 0xcbb]));
+    }
+}
+
+#[test]
 fn shared_memfd() {
     let area = Area::memfd(700, MapFlags::SHARED);
     let some = [(0, Data, 1), (5, Data, 2), (511, Data, 3), (512, Data, 4), (698, Data, 5)];
