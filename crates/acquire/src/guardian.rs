@@ -215,7 +215,7 @@ impl Keeper {
         let Ask::Begin { whom, target, capture: who, undo: path } = begin else {
             return Err("not asked to begin".to_owned());
         };
-        let fd = channel.receive_fds(1).map_err(|e| e.to_string())?.pop();
+        let fd = channel.receive_fds(1, PROMPT).map_err(|e| e.to_string())?.pop();
         let mut undo_file = Undo::of(fd.ok_or("no undo file")?, path);
         let capture = who.open().ok_or("the process that reads is gone")?;
         let in_force = host::sandbox::guardian().map_err(|e| e.to_string())?;

@@ -141,7 +141,7 @@ fn serve(mut channel: Channel) -> Result<(), String> {
         return Err("not asked to begin".to_owned());
     };
     let count = if in_place { 2 } else { 3 };
-    let mut fds = channel.receive_fds(count).map_err(|e| e.to_string())?.into_iter();
+    let mut fds = channel.receive_fds(count, PROMPT).map_err(|e| e.to_string())?.into_iter();
     let mut next = || fds.next().ok_or_else(|| "a file is missing".to_owned());
     let table = Table::new(File::from(next()?));
     // Opened for direct I/O while files can be opened.

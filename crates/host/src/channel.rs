@@ -3,6 +3,9 @@
 //! A message is a length of four bytes, little endian, and so many bytes. The other end is one of
 //! our own processes, but it may be hostile by now (one of them parses what the guest wrote): so
 //! lengths are checked before anything is allocated.
+//!
+//! Only `poll`, `read` and `write` are used once the descriptors went: a process without the right
+//! to any other call on sockets can still talk.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -10,10 +13,9 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 /// Greatest length of a message in bytes: QEMU's map texts, each of 16 MiB at most, fit.
@@ -45,7 +47,7 @@ pub enum ChannelError {
 /// One end.
 #[derive(Debug)]
 pub struct Channel {
-    stream: UnixStream,
+    socket: OwnedFd,
 }
 
 impl Channel {
@@ -54,15 +56,15 @@ impl Channel {
     /// # Errors
     /// No descriptors left.
     pub fn pair() -> io::Result<(Self, OwnedFd)> {
-        let flags = SocketFlags::CLOEXEC;
-        let (ours, theirs) =
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (socket, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        Ok((Self { stream: UnixStream::from(ours) }, theirs))
+        Ok((Self { socket }, theirs))
     }
 
     /// The end that `fd` is: in the other process.
     pub fn of(fd: OwnedFd) -> Self {
-        Self { stream: UnixStream::from(fd) }
+        Self { socket: fd }
     }
 
     /// A second handle of the same end.
@@ -70,7 +72,7 @@ impl Channel {
     /// # Errors
     /// No descriptors left.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { stream: self.stream.try_clone()? })
+        Ok(Self { socket: self.socket.try_clone()? })
     }
 
     /// Sends one message.
@@ -84,12 +86,10 @@ impl Channel {
         for part in [&len.to_le_bytes()[..], message] {
             let mut rest = part;
             while !rest.is_empty() {
-                self.stream
-                    .set_write_timeout(Some(left(began, within)?))
-                    .map_err(ChannelError::Os)?;
-                match self.stream.write(rest) {
+                self.ready(PollFlags::OUT, began, within)?;
+                match rustix::io::write(&self.socket, rest) {
                     Ok(n) => rest = rest.get(n..).unwrap_or_default(),
-                    Err(error) => sort(error)?,
+                    Err(errno) => sort(errno)?,
                 }
             }
         }
@@ -121,14 +121,32 @@ impl Channel {
     ) -> Result<(), ChannelError> {
         let mut done = 0;
         while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            self.stream.set_read_timeout(Some(left(began, within)?)).map_err(ChannelError::Os)?;
-            match self.stream.read(rest) {
+            self.ready(PollFlags::IN, began, within)?;
+            match rustix::io::read(&self.socket, rest) {
                 Ok(0) => return Err(ChannelError::Closed),
                 Ok(n) => done += n,
-                Err(error) => sort(error)?,
+                Err(errno) => sort(errno)?,
             }
         }
         Ok(())
+    }
+
+    /// Waits until the socket can be read or written, or is closed.
+    fn ready(
+        &self,
+        what: PollFlags,
+        began: Instant,
+        within: Duration,
+    ) -> Result<(), ChannelError> {
+        let left = within.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
+        let left = left.ok_or(ChannelError::Timeout { waited: within })?;
+        let mut polled = [PollFd::new(&self.socket, what)];
+        match poll(&mut polled, Some(&spec(left))) {
+            Ok(0) => Err(ChannelError::Timeout { waited: within }),
+            // Interrupted: the caller's read or write finds nothing and comes back.
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(ChannelError::Os(errno.into())),
+        }
     }
 
     /// Gives the other process copies of `fds`, which [`Channel::receive_fds`] takes there.
@@ -144,7 +162,7 @@ impl Channel {
         // A byte must go with them.
         let byte = [u8::try_from(fds.len()).unwrap_or(0)];
         rustix::net::sendmsg(
-            &self.stream,
+            &self.socket,
             &[IoSlice::new(&byte)],
             &mut control,
             SendFlags::NOSIGNAL,
@@ -156,13 +174,21 @@ impl Channel {
     ///
     /// # Errors
     /// [`ChannelError::Form`] when they are not `count` many.
-    pub fn receive_fds(&self, count: usize) -> Result<Vec<OwnedFd>, ChannelError> {
+    pub fn receive_fds(
+        &self,
+        count: usize,
+        within: Duration,
+    ) -> Result<Vec<OwnedFd>, ChannelError> {
+        let began = Instant::now();
+        while wait(&[self.as_fd()], Some(Duration::ZERO)).map_err(ChannelError::Os)? != [true] {
+            self.ready(PollFlags::IN, began, within)?;
+        }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         let flags = RecvFlags::CMSG_CLOEXEC;
         let got = rustix::net::recvmsg(
-            &self.stream,
+            &self.socket,
             &mut [IoSliceMut::new(&mut byte)],
             &mut control,
             flags,
@@ -186,21 +212,23 @@ impl Channel {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+        self.socket.as_fd()
     }
 }
 
-fn left(began: Instant, within: Duration) -> Result<Duration, ChannelError> {
-    let left = within.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
-    left.ok_or(ChannelError::Timeout { waited: within })
+fn spec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(time.subsec_nanos()),
+    }
 }
 
 /// Errors after which one tries again are none.
-fn sort(error: io::Error) -> Result<(), ChannelError> {
-    match error.kind() {
-        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Ok(()),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Err(ChannelError::Closed),
-        _ => Err(ChannelError::Os(error)),
+fn sort(errno: Errno) -> Result<(), ChannelError> {
+    match errno {
+        Errno::INTR | Errno::AGAIN => Ok(()),
+        Errno::PIPE | Errno::CONNRESET => Err(ChannelError::Closed),
+        errno => Err(ChannelError::Os(errno.into())),
     }
 }
 
@@ -214,11 +242,7 @@ pub fn wait(fds: &[BorrowedFd<'_>], within: Option<Duration>) -> io::Result<Vec<
     let mut polled: Vec<_> =
         fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     loop {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let spec = left.map(|left| Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(left.subsec_nanos()),
-        });
+        let spec = until.map(|until| spec(until.saturating_duration_since(Instant::now())));
         match poll(&mut polled, spec.as_ref()) {
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -261,15 +285,14 @@ mod tests {
         assert_eq!(wait(&[a.as_fd()], Some(little)).unwrap(), [false]);
         // Nobody takes it: the socket's buffer runs full.
         assert!(matches!(a.send(&vec![0; 8 << 20], little), Err(ChannelError::Timeout { .. })));
-        let mut begun = [0; 4];
-        b.stream.read_exact(&mut begun).unwrap();
         assert_eq!(wait(&[b.as_fd()], None).unwrap(), [true]);
+        assert!(matches!(b.receive(little), Err(ChannelError::Timeout { .. })));
     }
 
     #[test]
     fn a_length_is_checked_before_memory_is_taken() {
-        let (mut a, mut b) = pair();
-        a.stream.write_all(&u32::MAX.to_le_bytes()).unwrap();
+        let (a, mut b) = pair();
+        rustix::io::write(&a.socket, &u32::MAX.to_le_bytes()).unwrap();
         assert!(matches!(b.receive(SOON), Err(ChannelError::Form(_))));
     }
 
@@ -278,14 +301,14 @@ mod tests {
         let (a, b) = pair();
         let (reader, mut writer) = std::io::pipe().unwrap();
         a.send_fds(&[reader.as_fd(), a.as_fd()]).unwrap();
-        let mut fds = b.receive_fds(2).unwrap();
+        let mut fds = b.receive_fds(2, SOON).unwrap();
         fds.truncate(1);
-        writer.write_all(b"through").unwrap();
+        io::Write::write_all(&mut writer, b"through").unwrap();
         drop(writer);
         let mut text = String::new();
-        std::fs::File::from(fds.remove(0)).read_to_string(&mut text).unwrap();
+        io::Read::read_to_string(&mut std::fs::File::from(fds.remove(0)), &mut text).unwrap();
         assert_eq!(text, "through");
         a.send_fds(&[reader.as_fd()]).unwrap();
-        assert!(matches!(b.receive_fds(2), Err(ChannelError::Form(_))));
+        assert!(matches!(b.receive_fds(2, SOON), Err(ChannelError::Form(_))));
     }
 }
