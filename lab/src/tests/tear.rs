@@ -1,0 +1,219 @@
+//! The tear benchmark: images of a guest that counts, held against "one instant". Each test prints
+//! its figures. Positive and negative controls are images by the same tool of the same guest.
+
+use std::time::{Duration, Instant};
+
+use lab::tear::{Controls, Runs, Scan, Verdict};
+use lab::{Accel, Backing, Doing, Guest, Lab, Result, Ring, Version, here, outer};
+
+use super::exhibit::{Exhibit, acquire};
+
+pub(crate) const TESTS: &[lab::runner::Test] = here![
+    spliced_images_are_torn,
+    live_is_torn_and_a_stopped_guest_is_not,
+    every_format_shows_the_ring,
+];
+
+pub(crate) const OUTER: &[lab::runner::Test] =
+    outer![spliced_images_of_kvm_guests_are_torn, live_is_torn_and_a_stopped_kvm_guest_is_not];
+
+/// To be added to the lists above with the method.
+#[expect(dead_code, reason = "the tool has no method `freeze` yet")]
+pub(crate) const FREEZE: [&[lab::runner::Test]; 2] =
+    [here![freeze_is_one_instant], outer![freeze_of_a_kvm_guest_is_one_instant]];
+
+/// Memory of the guests: less in the outer guest, where a first touch costs much.
+fn memory_mib() -> u32 {
+    if Accel::from_env() == Accel::Kvm { 128 } else { 256 }
+}
+
+fn rings() -> [Ring; 2] {
+    [Ring::pair(memory_mib()), Ring::spread(memory_mib())]
+}
+
+/// A guest that counts, and the ring it counts in.
+struct Subject {
+    guest: Guest,
+    ring: Ring,
+    backing: Backing,
+}
+
+impl Subject {
+    fn boot(lab: &Lab, ring: Ring, backing: Backing, version: Version) -> Result<Self> {
+        let guest = lab.guest().ring(ring.clone()).backing(backing).version(version).boot()?;
+        Ok(Self { guest, ring, backing })
+    }
+
+    /// The value of the ring's first word.
+    fn counter(&mut self) -> Result<u64> {
+        let at = self.ring.gpa(0) + 0x80;
+        let bytes = self.guest.read_own(at, 8)?;
+        Ok(bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+    }
+
+    /// Writes per second, over half a second.
+    fn rate(&mut self) -> Result<u64> {
+        let (first, start) = (self.counter()?, Instant::now());
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(Ring::rate(self.counter()? - first, start.elapsed()))
+    }
+
+    /// Prints a line of figures: the guest's, and what the runs showed.
+    fn report(&mut self, shown: &str) -> Result<()> {
+        let rate = self.rate()?;
+        assert!(rate > 0, "the ring stands still");
+        let (accel, backing) = (Accel::from_env(), self.backing);
+        let (pages, resolution) = (self.ring.pages, self.ring.resolution_ns(rate));
+        println!(
+            "         {accel:?} {backing:?} K={pages}: {shown}; {rate} writes/s, resolution \
+             {resolution} ns"
+        );
+        Ok(())
+    }
+
+    /// What an exhibit's image shows; the exhibit is taken away.
+    fn judge(&self, exhibit: Exhibit) -> Result<Verdict> {
+        let mut scan = Scan::new(&self.ring);
+        exhibit.image()?.each(|gpa, bytes| scan.piece(gpa, bytes))?;
+        exhibit.remove()?;
+        scan.verdict()
+    }
+
+    /// So many images by `live`.
+    fn live(&self, lab: &Lab, n: u32) -> Result<Runs> {
+        let mut runs = Runs::default();
+        for _ in 0..n {
+            runs.count(&self.judge(acquire(lab, &self.guest, "live", &[])?)?);
+        }
+        Ok(runs)
+    }
+
+    /// Images by `live` of the running guest and of the stopped one. It runs on.
+    fn controls(&mut self, lab: &Lab, n: u32) -> Result<Controls> {
+        let live = self.live(lab, n)?;
+        self.guest.stop()?;
+        let stopped = self.live(lab, n)?;
+        self.guest.cont()?;
+        Ok(Controls { live, stopped })
+    }
+}
+
+/// Both rings, each on either kind of memory.
+fn each_subject(lab: &Lab, test: impl Fn(&mut Subject) -> Result<()>) -> Result<()> {
+    for ring in rings() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let mut subject = Subject::boot(lab, ring.clone(), backing, Version::V10_0)?;
+            test(&mut subject).doing(format_args!("K={} on {backing:?}", ring.pages))?;
+            subject.guest.finish()?;
+        }
+    }
+    Ok(())
+}
+
+fn live_is_torn_and_a_stopped_guest_is_not(lab: &Lab) -> Result<()> {
+    each_subject(lab, |subject| {
+        let controls = subject.controls(lab, lab.scale(3, 10))?;
+        subject.report(&format!("live {}, stopped {}", controls.live, controls.stopped))?;
+        controls.hold()
+    })
+}
+
+fn live_is_torn_and_a_stopped_kvm_guest_is_not(lab: &Lab) -> Result<()> {
+    live_is_torn_and_a_stopped_guest_is_not(lab)
+}
+
+/// The controls of the same guest come after it: had they failed, the rest would say nothing.
+fn freeze_is_one_instant(lab: &Lab) -> Result<()> {
+    each_subject(lab, |subject| {
+        let mut runs = Runs::default();
+        for _ in 0..lab.scale(10, 60) {
+            let exhibit = acquire(lab, &subject.guest, "freeze", &["--stall-budget", "900ms"])?;
+            assert_eq!(exhibit.manifest["class"], "instantaneous");
+            runs.count(&subject.judge(exhibit)?);
+        }
+        let controls = subject.controls(lab, lab.scale(2, 10))?;
+        let (live, stopped) = (controls.live, controls.stopped);
+        subject.report(&format!("freeze {runs}, live {live}, stopped {stopped}"))?;
+        controls.hold()?;
+        assert_eq!(runs.torn, 0, "freeze");
+        Ok(())
+    })
+}
+
+fn freeze_of_a_kvm_guest_is_one_instant(lab: &Lab) -> Result<()> {
+    freeze_is_one_instant(lab)
+}
+
+/// Raw and LiME images hold the ring too; the other tests take ELF, as hashing the 4 GiB of a raw
+/// image takes many times longer.
+fn every_format_shows_the_ring(lab: &Lab) -> Result<()> {
+    let [_, ring] = rings();
+    let mut subject = Subject::boot(lab, ring, Backing::Anonymous, Version::V7_2)?;
+    for format in ["raw", "lime"] {
+        let torn = |subject: &Subject| -> Result<bool> {
+            let exhibit = acquire(lab, &subject.guest, "live", &["--format", format])?;
+            Ok(subject.judge(exhibit)?.is_torn())
+        };
+        assert!(torn(&subject)?, "{format}: live");
+        subject.guest.stop()?;
+        assert!(!torn(&subject)?, "{format}: stopped");
+        subject.guest.cont()?;
+    }
+    subject.guest.finish()
+}
+
+/// All of a stopped guest's memory by QEMU's own `pmemsave`, then some laps later.
+fn two_instants(subject: &mut Subject) -> Result<[Vec<u8>; 2]> {
+    let len = u64::from(subject.ring.memory_mib) << 20;
+    let mut images = [Vec::new(), Vec::new()];
+    for image in &mut images {
+        subject.guest.stop()?;
+        *image = subject.guest.pmemsave(0, len)?;
+        let counter = subject.counter()?;
+        subject.guest.cont()?;
+        let until = Instant::now() + Duration::from_secs(60);
+        while subject.counter()? < counter + 4 * subject.ring.words() {
+            assert!(Instant::now() < until, "the ring stands still at {counter}");
+        }
+    }
+    Ok(images)
+}
+
+/// The checker sees what it must see: QEMU's own images of a stopped guest are whole, and torn as
+/// soon as the least part of one is put into the other.
+fn spliced_images_are_torn(lab: &Lab) -> Result<()> {
+    for (ring, version) in rings().into_iter().zip([Version::V10_0, Version::V7_2]) {
+        let mut subject = Subject::boot(lab, ring, Backing::Anonymous, version)?;
+        let [mut image, later] = two_instants(&mut subject)?;
+        let ring = subject.ring.clone();
+        let judge = |image: &[u8]| {
+            let mut scan = Scan::new(&ring);
+            scan.piece(0, image);
+            scan.verdict()
+        };
+        assert!(!judge(&image)?.is_torn() && !judge(&later)?.is_torn(), "one instant each");
+        let mut splice = |gpa: u64, len: usize| -> Result<Verdict> {
+            let at = usize::try_from(gpa)?;
+            image[at..at + len].copy_from_slice(&later[at..at + len]);
+            judge(&image)
+        };
+        let half = splice(ring.gpa(0), 2048)?;
+        assert!(half.is_torn(), "half a page: {half}");
+        println!("         K={}: half a page spliced: {half}", ring.pages);
+        for page in 0..ring.pages {
+            let verdict = splice(ring.gpa(page), 4096)?;
+            let spliced = page + 1;
+            assert_eq!(verdict.is_torn(), spliced < ring.pages, "{spliced} pages: {verdict}");
+            if [1, 2, ring.pages / 10, ring.pages / 2].contains(&spliced) {
+                println!("         K={}: {spliced} pages spliced: {verdict}", ring.pages);
+            }
+        }
+        subject.report("spliced images torn, the others whole")?;
+        subject.guest.finish()?;
+    }
+    Ok(())
+}
+
+fn spliced_images_of_kvm_guests_are_torn(lab: &Lab) -> Result<()> {
+    spliced_images_are_torn(lab)
+}
