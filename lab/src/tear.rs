@@ -201,8 +201,14 @@ impl Controls {
         let Self { live, stopped } = self;
         match live.of > 0 && live.torn == live.of && stopped.of > 0 && stopped.torn == 0 {
             true => Ok(()),
-            false => Err(failed(format_args!("void: live {live}, stopped {stopped}"))),
+            false => Err(failed(format_args!("void: {self}"))),
         }
+    }
+}
+
+impl fmt::Display for Controls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "live {}, stopped {}", self.live, self.stopped)
     }
 }
 

@@ -17,14 +17,17 @@ pub(crate) const TESTS: &[lab::runner::Test] = here![
 pub(crate) const OUTER: &[lab::runner::Test] =
     outer![spliced_images_of_kvm_guests_are_torn, live_is_torn_and_a_stopped_kvm_guest_is_not];
 
-/// To be added to the lists above with the method.
+/// To be added to `all()` with the method, as is the next.
 #[expect(dead_code, reason = "the tool has no method `freeze` yet")]
-pub(crate) const FREEZE: [&[lab::runner::Test]; 2] =
-    [here![freeze_is_one_instant], outer![freeze_of_a_kvm_guest_is_one_instant]];
+pub(crate) const FREEZE: &[lab::runner::Test] = here![freeze_is_one_instant];
 
-/// Memory of the guests: less in the outer guest, where a first touch costs much.
+#[expect(dead_code, reason = "the tool has no method `freeze` yet")]
+pub(crate) const FREEZE_OUTER: &[lab::runner::Test] = outer![freeze_of_a_kvm_guest_is_one_instant];
+
+/// Memory of the guests. In the outer guest every byte is copied and hashed by a translated CPU;
+/// a copy of 32 MiB still takes it hundreds of times longer than the coarser ring resolves.
 fn memory_mib() -> u32 {
-    if Accel::from_env() == Accel::Kvm { 128 } else { 256 }
+    if Accel::from_env() == Accel::Kvm { 32 } else { 256 }
 }
 
 fn rings() -> [Ring; 2] {
@@ -111,37 +114,45 @@ fn each_subject(lab: &Lab, test: impl Fn(&mut Subject) -> Result<()>) -> Result<
 }
 
 fn live_is_torn_and_a_stopped_guest_is_not(lab: &Lab) -> Result<()> {
+    live(lab, lab.scale(3, 10))
+}
+
+fn live_is_torn_and_a_stopped_kvm_guest_is_not(lab: &Lab) -> Result<()> {
+    live(lab, lab.scale(1, 10))
+}
+
+fn live(lab: &Lab, n: u32) -> Result<()> {
     each_subject(lab, |subject| {
-        let controls = subject.controls(lab, lab.scale(3, 10))?;
-        subject.report(&format!("live {}, stopped {}", controls.live, controls.stopped))?;
+        let controls = subject.controls(lab, n)?;
+        subject.report(&controls.to_string())?;
         controls.hold()
     })
 }
 
-fn live_is_torn_and_a_stopped_kvm_guest_is_not(lab: &Lab) -> Result<()> {
-    live_is_torn_and_a_stopped_guest_is_not(lab)
+fn freeze_is_one_instant(lab: &Lab) -> Result<()> {
+    freeze(lab, lab.scale(10, 60), lab.scale(2, 10))
 }
 
-/// The controls of the same guest come after it: had they failed, the rest would say nothing.
-fn freeze_is_one_instant(lab: &Lab) -> Result<()> {
+fn freeze_of_a_kvm_guest_is_one_instant(lab: &Lab) -> Result<()> {
+    freeze(lab, lab.scale(3, 60), lab.scale(1, 10))
+}
+
+/// `n` images, none of them torn; then the controls of the same guest, without which that would
+/// say nothing.
+fn freeze(lab: &Lab, n: u32, controls: u32) -> Result<()> {
     each_subject(lab, |subject| {
         let mut runs = Runs::default();
-        for _ in 0..lab.scale(10, 60) {
+        for _ in 0..n {
             let exhibit = acquire(lab, &subject.guest, "freeze", &["--stall-budget", "900ms"])?;
             assert_eq!(exhibit.manifest["class"], "instantaneous");
             runs.count(&subject.judge(exhibit)?);
         }
-        let controls = subject.controls(lab, lab.scale(2, 10))?;
-        let (live, stopped) = (controls.live, controls.stopped);
-        subject.report(&format!("freeze {runs}, live {live}, stopped {stopped}"))?;
+        let controls = subject.controls(lab, controls)?;
+        subject.report(&format!("freeze {runs}, {controls}"))?;
         controls.hold()?;
-        assert_eq!(runs.torn, 0, "freeze");
+        assert_eq!(runs.torn, 0, "freeze: {runs}");
         Ok(())
     })
-}
-
-fn freeze_of_a_kvm_guest_is_one_instant(lab: &Lab) -> Result<()> {
-    freeze_is_one_instant(lab)
 }
 
 /// Raw and LiME images hold the ring too; the other tests take ELF, as hashing the 4 GiB of a raw
