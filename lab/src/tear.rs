@@ -169,6 +169,10 @@ pub struct Runs {
     pub torn: u32,
     /// All images.
     pub of: u32,
+    /// Words of all images together.
+    pub words: u64,
+    /// Those of them that are off their image's best cut.
+    pub off_cut: u64,
 }
 
 impl Runs {
@@ -176,12 +180,19 @@ impl Runs {
     pub fn count(&mut self, verdict: &Verdict) {
         self.torn += u32::from(verdict.is_torn());
         self.of += 1;
+        self.words += verdict.words;
+        self.off_cut += verdict.off_cut;
     }
 }
 
 impl fmt::Display for Runs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{} torn", self.torn, self.of)
+        let Self { torn, of, words, off_cut } = self;
+        write!(f, "{torn}/{of} torn")?;
+        match torn {
+            0 => Ok(()),
+            _ => write!(f, " ({} % of the words)", off_cut * 100 / words.max(&1)),
+        }
     }
 }
 
@@ -308,11 +319,12 @@ mod tests {
         let figures = |values: &[u64]| {
             judge(values).map(|v| (v.is_torn(), v.cut, v.off_cut, v.violations, v.smear_writes))
         };
-        let cases: [(&[u64], _); 8] = [
+        let cases: [(&[u64], _); 9] = [
             (&[6, 7, 8], Some((false, 8, 0, 0, 0))),
             (&[6, 4, 5], Some((false, 6, 0, 0, 0))),
             (&[9, 7, 8], Some((false, 9, 0, 0, 0))), // max = min + L - 1
             (&[9, 10, 8], Some((false, 10, 0, 0, 0))),
+            (&[6, 9, 8], Some((true, 8, 1, 1, 1))), // one more
             (&[6, 10, 8], Some((true, 8, 1, 1, 2))),
             (&[9, 4, 5], Some((true, 5, 1, 2, 3))),
             (&[6, 10, 14], Some((true, 6, 2, 3, 6))),
@@ -382,14 +394,29 @@ mod tests {
         let mut stranger = first.clone();
         stranger.1[0x10] = 8; // another run's
         assert_eq!(flaws(&[stranger, second.clone()]), Flaws { missing: vec![0], ..none() });
-        let mut larger = first;
-        larger.1[0x1c] = 3; // of a ring of another size
-        assert_eq!(flaws(&[larger, second]).misplaced.len(), 1);
+        let mut nothing = first.clone();
+        nothing.1[0] = 0; // no magic
+        assert_eq!(flaws(&[nothing, second.clone()]), Flaws { missing: vec![0], ..none() });
+        for (at, value) in [(0x1c, 3), (0x18, 2)] {
+            let mut strange = first.clone();
+            strange.1[at] = value; // of a ring of another size, beyond the last page
+            assert_eq!(flaws(&[strange, second.clone()]).misplaced, [first.0], "{at:#x}");
+        }
+    }
+
+    #[test]
+    fn runs_are_counted() {
+        let mut runs = Runs::default();
+        for image in [[6, 7, 8], [6, 10, 8], [6, 10, 14]] {
+            runs.count(&judge(&image).expect("there are words"));
+        }
+        assert_eq!(runs, Runs { torn: 2, of: 3, words: 9, off_cut: 3 });
+        assert_eq!(runs.to_string(), "2/3 torn (33 % of the words)");
     }
 
     #[test]
     fn a_run_without_its_controls_is_void() {
-        let runs = |torn, of| Runs { torn, of };
+        let runs = |torn, of| Runs { torn, of, ..Runs::default() };
         let hold = |live, stopped| Controls { live, stopped }.hold().is_ok();
         assert!(hold(runs(3, 3), runs(0, 3)));
         assert!(!hold(runs(2, 3), runs(0, 3)), "a live image that is not torn");
