@@ -82,11 +82,19 @@ impl Subject {
         scan.verdict()
     }
 
-    /// So many images by `live`.
-    fn live(&self, lab: &Lab, n: u32) -> Result<Runs> {
+    /// What an image by `live` shows. Each pass is given a quarter of a second: at full speed a busy
+    /// host may not let the guest run at all between the reads of two pages.
+    fn live(&self, lab: &Lab, format: &str) -> Result<Verdict> {
+        let rate = format!("{}M", self.ring.memory_mib * 4);
+        let flags = ["--format", format, "--max-rate", &rate];
+        self.judge(acquire(lab, &self.guest, "live", &flags)?)
+    }
+
+    /// So many of them.
+    fn lives(&self, lab: &Lab, n: u32) -> Result<Runs> {
         let mut runs = Runs::default();
         for _ in 0..n {
-            runs.count(&self.judge(acquire(lab, &self.guest, "live", &[])?)?);
+            runs.count(&self.live(lab, "elf")?);
         }
         Ok(runs)
     }
@@ -94,9 +102,9 @@ impl Subject {
     /// `n` images by `live` of the running guest, and a third as many of the stopped one, where
     /// chance has no part. It runs on.
     fn controls(&mut self, lab: &Lab, n: u32) -> Result<Controls> {
-        let live = self.live(lab, n)?;
+        let live = self.lives(lab, n)?;
         self.guest.stop()?;
-        let stopped = self.live(lab, n.div_ceil(3))?;
+        let stopped = self.lives(lab, n.div_ceil(3))?;
         self.guest.cont()?;
         Ok(Controls { live, stopped })
     }
@@ -166,15 +174,11 @@ fn a_slow_ring_is_torn_too(lab: &Lab) -> Result<()> {
     let slow = Ring::pair(memory_mib()).delay(100_000);
     let mut subject = Subject::boot(lab, slow, Backing::Anonymous, Version::V7_2)?;
     assert!(subject.rate()? < 1_000_000, "not slow");
-    let torn = |subject: &Subject, format: &str| -> Result<bool> {
-        let exhibit = acquire(lab, &subject.guest, "live", &["--format", format])?;
-        Ok(subject.judge(exhibit)?.is_torn())
-    };
     let formats: &[&str] = lab.scale(&["elf"], &["elf", "raw", "lime"]);
     for format in formats {
-        assert!(torn(&subject, format)?, "{format}: live");
+        assert!(subject.live(lab, format)?.is_torn(), "{format}: live");
         subject.guest.stop()?;
-        assert!(!torn(&subject, format)?, "{format}: stopped");
+        assert!(!subject.live(lab, format)?.is_torn(), "{format}: stopped");
         subject.guest.cont()?;
     }
     subject.report(&format!("{formats:?}: live torn, stopped not"))?;
