@@ -16,6 +16,7 @@ use crate::kit::{Kit, Version};
 use crate::mtree::{self, Range};
 use crate::proc;
 use crate::qmp::Qmp;
+use crate::ring::Ring;
 use crate::serial::Serial;
 
 /// Longest wait for a Linux guest to come up.
@@ -95,6 +96,7 @@ pub struct Builder {
     name: String,
     uuid: Option<String>,
     linux: bool,
+    ring: Option<Ring>,
     paused: bool,
     args: Vec<String>,
     append: String,
@@ -115,6 +117,7 @@ impl Builder {
             name: String::from("lab-guest"),
             uuid: None,
             linux: true,
+            ring: None,
             paused: false,
             args: Vec::new(),
             append: String::new(),
@@ -194,6 +197,14 @@ impl Builder {
         self
     }
 
+    /// The ring guest instead of Linux, with as much memory as the ring is made for. It is up when
+    /// every word of the ring was written once. Not for `Microvm`, which boots from no disk.
+    pub fn ring(mut self, ring: Ring) -> Self {
+        self.memory_mib = u64::from(ring.memory_mib);
+        self.ring = Some(ring);
+        self.blank()
+    }
+
     /// `-S`: no CPU has run yet. Only for a blank guest.
     pub fn paused(mut self) -> Self {
         self.paused = true;
@@ -258,6 +269,11 @@ impl Builder {
                 words.push_str(&tsc_hint());
             }
             command.arg("-append").arg(words);
+        }
+        if let Some(ring) = &self.ring {
+            fs::write(&files.disk, ring.disk(&self.kit)?)?;
+            let drive = format!("file={},format=raw,if=ide", files.disk.display());
+            command.arg("-drive").arg(drive);
         }
         if self.paused {
             command.arg("-S");
@@ -339,6 +355,7 @@ struct Files {
     console: PathBuf,
     errors: PathBuf,
     ram: PathBuf,
+    disk: PathBuf,
 }
 
 impl Files {
@@ -351,15 +368,17 @@ impl Files {
             console: dir.join("console.log"),
             errors: dir.join("qemu.log"),
             ram: dir.join("ram"),
+            disk: dir.join("disk"),
             dir,
         })
     }
 
     /// Names in the directory that are not the lab's.
     fn debris(&self) -> Result<Vec<String>> {
-        let own =
-            [&self.qmp_tool, &self.qmp_lab, &self.serial, &self.console, &self.errors, &self.ram];
-        let own: Vec<_> = own.into_iter().filter_map(|path| path.file_name()).collect();
+        let sockets = [&self.qmp_tool, &self.qmp_lab, &self.serial];
+        let own = [&self.console, &self.errors, &self.ram, &self.disk];
+        let own: Vec<_> =
+            own.into_iter().chain(sockets).filter_map(|path| path.file_name()).collect();
         let names = fs::read_dir(&self.dir)?.flatten().map(|entry| entry.file_name());
         let strange = names.filter(|name| !own.contains(&name.as_os_str()));
         Ok(strange.map(|name| name.to_string_lossy().into_owned()).collect())
@@ -407,7 +426,7 @@ impl Guest {
         let stream = process.accept(&listener, start + builder.patience)?;
         let mut serial = Serial::new(stream)?;
         let mut qmp = Qmp::connect(&process.files.qmp_lab, builder.patience)?;
-        if builder.linux {
+        if builder.linux || builder.ring.is_some() {
             serial.wait_ready(builder.patience)?;
         }
         let as_found = AsFound {

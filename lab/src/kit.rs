@@ -87,6 +87,11 @@ impl Kit {
         self.root.join("plant/plant")
     }
 
+    /// The ring guest's boot sector, without its parameters.
+    pub fn ring(&self) -> PathBuf {
+        self.root.join("ring/ring.bin")
+    }
+
     /// A program of the Python environment: `vol`, `pakunoda`.
     pub fn python(&self, program: &str) -> PathBuf {
         self.root.join("venv/bin").join(program)

@@ -25,9 +25,11 @@ pub mod outer;
 pub mod pattern;
 pub mod proc;
 mod qmp;
+mod ring;
 pub mod runner;
 mod serial;
 pub mod setup;
+pub mod tear;
 
 pub use error::{Doing, Failure, Result, failed, skipped};
 pub use guest::{Accel, Backing, Builder, Guest, Machine, file_filler};
@@ -35,4 +37,5 @@ pub use initramfs::{CANARY, GUEST_MODULES};
 pub use kit::{Kit, Version, cache};
 pub use mtree::Range;
 pub use qmp::Qmp;
+pub use ring::Ring;
 pub use runner::Lab;

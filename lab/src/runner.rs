@@ -297,6 +297,7 @@ pub fn run_outer(lab: &Lab, tests: &[Test]) -> Tally {
 fn in_outer(lab: &Lab, tests: &[Test]) -> Result<Tally> {
     let own = std::env::current_exe().doing("finding this program")?;
     let mut outer = Outer::new(&lab.kit).echo().file("job/stillframe-lab", &own);
+    outer = outer.file("lab/ring/ring.bin", &lab.kit.ring());
     let mut script = String::new();
     if let Some(tool) = &lab.tool {
         outer = outer.file("job/stillframe", tool);

@@ -17,6 +17,7 @@ const NEEDED: [(&str, &str); 7] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
     ("/usr/lib/python3/dist-packages/venv-is-here", "python3-venv"),
+    // With binutils, which assemble the ring guest.
     ("/usr/bin/cc", "build-essential"),
     // LLVM's fuzzer is built from its C++ sources.
     ("/usr/bin/g++", "g++"),
@@ -29,6 +30,7 @@ const PYTHON: [&str; 2] = ["volatility3==2.28.2", "pakunoda==1.0.9"];
 
 const PLANT: &str = include_str!("../guest/plant.rs");
 const PATTERN: &str = include_str!("../guest/pattern.rs");
+const RING: &str = include_str!("../guest/ring.S");
 
 /// How long other package managers may keep their locks.
 const LOCKS: Duration = Duration::from_secs(300);
@@ -48,6 +50,7 @@ pub fn run() -> Result<Kit> {
     setup.step("venv", &PYTHON.join(" "), "Volatility 3, pakunoda", |to| setup.python(to))?;
     let sources = format!("{PLANT}{PATTERN}");
     setup.step("plant", &sources, "the program for guests", |to| setup.plant(to))?;
+    setup.step("ring", RING, "the ring guest", |to| setup.ring(to))?;
     setup.step("images", &setup.inputs()?, "initramfs images", |to| setup.images(to))?;
     Ok(setup.kit)
 }
@@ -160,6 +163,16 @@ impl Setup {
         rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static"]);
         rustc.args(["-C", "strip=symbols", "-C", "panic=abort", "-o"]);
         ok(rustc.arg(to.join("plant")).arg(to.join("plant.rs")))
+    }
+
+    /// A boot sector, linked to where the firmware loads it.
+    fn ring(&self, to: &Path) -> Result<()> {
+        let [source, object] = ["ring.S", "ring.o"].map(|name| to.join(name));
+        fs::write(&source, RING)?;
+        ok(Command::new("as").args(["--32", "-o"]).args([&object, &source]))?;
+        let mut ld = Command::new("ld");
+        ld.args(["-m", "elf_i386", "-N", "-e", "start", "-Ttext=0x7c00", "--oformat=binary"]);
+        ok(ld.arg("-o").args([&self.kit.ring(), &object]))
     }
 
     /// What the images are made of: they are made again when any of it changes.

@@ -31,10 +31,20 @@ pub(super) struct Exhibit {
 /// Acquires a guest by `live` into a new directory of the scratch one. It must be a complete
 /// exhibit: by its exit code, by its name, by `verify`, by `sha256sum`, by its own map check.
 pub(super) fn take(lab: &Lab, guest: &Guest, flags: &[&str]) -> Result<Exhibit> {
+    let exhibit = acquire(lab, guest, "live", flags)?;
+    lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
+    exhibit.assert_sums()?;
+    exhibit.assert_sound()?;
+    Ok(exhibit)
+}
+
+/// Acquires a guest by a method into a new directory of the scratch one; complete by its exit code
+/// and by its name.
+pub(super) fn acquire(lab: &Lab, guest: &Guest, method: &str, flags: &[&str]) -> Result<Exhibit> {
     let out = lab.scratch().join("exhibits");
     fs::create_dir_all(&out)?;
     let vm = guest.pid().to_string();
-    let mut args = vec!["acquire", &vm, "--method", "live", "--json", "-o"];
+    let mut args = vec!["acquire", &vm, "--method", method, "--json", "-o"];
     args.push(out.to_str().unwrap_or_default());
     args.extend(flags);
     let run = lab.tool(&args)?.expect_code(0)?;
@@ -43,9 +53,6 @@ pub(super) fn take(lab: &Lab, guest: &Guest, flags: &[&str]) -> Result<Exhibit> 
     let dir = done["exhibit"].as_str().ok_or_else(|| failed(format_args!("done is {done}")))?;
     let exhibit = Exhibit::open(Path::new(dir))?;
     assert_eq!((&done["event"], exhibit.dir.parent()), (&Value::from("done"), Some(&*out)));
-    lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
-    exhibit.assert_sums()?;
-    exhibit.assert_sound()?;
     Ok(exhibit)
 }
 
@@ -168,6 +175,19 @@ impl Image {
     /// Bytes of guest-physical space in the image; for `raw` with everything between the regions.
     pub(super) fn len(&self) -> u64 {
         self.parts.iter().map(|part| part.len).sum()
+    }
+
+    /// The whole image, a piece at a time in the order of the file: its address and its bytes.
+    pub(super) fn each(&self, mut piece: impl FnMut(u64, &[u8])) -> Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        for part in &self.parts {
+            for at in (0..part.len).step_by(buffer.len()) {
+                let len = usize::try_from(part.len - at)?.min(buffer.len());
+                self.file.read_exact_at(&mut buffer[..len], part.offset + at)?;
+                piece(part.gpa + at, &buffer[..len]);
+            }
+        }
+        Ok(())
     }
 
     /// `len` bytes at `gpa`; a failure when the image has not all of them.

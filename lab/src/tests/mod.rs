@@ -8,6 +8,7 @@ mod harness;
 mod live;
 mod outer;
 mod run;
+mod tear;
 
 use lab::runner::Test;
 
@@ -19,10 +20,12 @@ pub(crate) fn all() -> Vec<Test> {
         footprint::TESTS,
         cli::TESTS,
         faults::TESTS,
+        tear::TESTS,
         outer::TESTS,
         live::OUTER,
         footprint::OUTER,
         faults::OUTER,
+        tear::OUTER,
     ]
     .concat()
 }
