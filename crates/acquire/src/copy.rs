@@ -128,13 +128,22 @@ pub enum Cut<E> {
 
 /// Something that the loop takes: it has a length.
 pub trait Item: Send {
-    /// Bytes, for rate and progress.
+    /// Bytes, for progress.
     fn bytes(&self) -> u64;
+
+    /// Bytes that the work on it took, for the rate; asked afterwards.
+    fn cost(&self) -> u64;
 }
 
 impl Item for Cell {
     fn bytes(&self) -> u64 {
         self.block.len()
+    }
+
+    fn cost(&self) -> u64 {
+        let read = self.states.iter().filter(|state| **state != PageState::Hole).count();
+        // Counts of pages of one block.
+        (read as u64 * PAGE).min(self.block.len())
     }
 }
 
@@ -161,13 +170,14 @@ pub fn each<T: Item, E: Send>(
         for scratch in scratches {
             scope.spawn(|| {
                 while !ends() {
+                    pace.wait(&ends);
                     let Some(item) = lock(&queue).next() else { break };
-                    pace.wait(item.bytes(), &ends);
                     let bytes = item.bytes();
                     if let Err(error) = work(item, scratch) {
                         lock(&failure).get_or_insert(error);
                         break;
                     }
+                    pace.add(item.cost());
                     let now = done.fetch_add(bytes, Ordering::Relaxed);
                     teller.tell_sometimes(now + bytes);
                 }
@@ -203,10 +213,15 @@ impl Pace {
         Self { rate, began: Instant::now(), granted: AtomicU64::new(0) }
     }
 
-    /// Returns when `bytes` more may be read, or when the run shall end.
-    fn wait(&self, bytes: u64, ends: impl Fn() -> bool) {
+    /// Counts `bytes` that were read.
+    fn add(&self, bytes: u64) {
+        self.granted.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Returns when more may be read, or when the run shall end.
+    fn wait(&self, ends: impl Fn() -> bool) {
         let Some(rate) = self.rate else { return };
-        let before = self.granted.fetch_add(bytes, Ordering::Relaxed);
+        let before = self.granted.load(Ordering::Relaxed);
         #[expect(clippy::cast_precision_loss, reason = "a pause, not a record")]
         let due = self.began + Duration::from_secs_f64(before as f64 / rate.max(1) as f64);
         while !ends() {

@@ -94,6 +94,10 @@ impl Item for Slot {
     fn bytes(&self) -> u64 {
         self.block.len()
     }
+
+    fn cost(&self) -> u64 {
+        self.block.len()
+    }
 }
 
 /// What reads captured bytes back.
