@@ -170,7 +170,7 @@ pub fn each<T: Item, E: Send>(
         for scratch in scratches {
             scope.spawn(|| {
                 while !ends() {
-                    pace.wait(&ends);
+                    pace.wait(ends);
                     let Some(item) = lock(&queue).next() else { break };
                     let bytes = item.bytes();
                     if let Err(error) = work(item, scratch) {

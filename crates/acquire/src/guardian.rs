@@ -220,7 +220,17 @@ impl Keeper {
         let capture = who.open().ok_or("the process that reads is gone")?;
         let in_force = host::sandbox::guardian().map_err(|e| e.to_string())?;
         let mut monitor = None;
-        let undone = undo(&mut undo_file, &mut monitor, &notes);
+        let until = Instant::now() + CONT;
+        let undone = loop {
+            match undo(&mut undo_file, &mut monitor, &notes) {
+                // QEMU may still serve the connection of a guardian before us.
+                Err(_) if Instant::now() < until => {
+                    monitor = None;
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => break other,
+            }
+        };
         let guardian = Who::me().ok_or("no /proc")?;
         let line = Line::Begin {
             target,
@@ -445,6 +455,15 @@ pub struct Guardian {
     pub lost: u32,
     /// The guest could not be brought back to what it was.
     pub not_as_found: Option<String>,
+    /// It has been told to go.
+    parted: bool,
+}
+
+impl Drop for Guardian {
+    /// A run that ended before it began leaves no file behind.
+    fn drop(&mut self) {
+        self.part();
+    }
 }
 
 /// Why the guardian did not do what it was asked.
@@ -510,6 +529,7 @@ impl Guardian {
             undone: undone.into_iter().collect(),
             lost: 0,
             not_as_found: None,
+            parted: false,
         })
     }
 
@@ -586,13 +606,20 @@ impl Guardian {
 
     /// Ends the guardian, and with it this process's claim to the VM.
     pub fn bye(mut self) -> Parting {
+        self.part();
+        let (rights, undone) = (std::mem::take(&mut self.rights), std::mem::take(&mut self.undone));
+        Parting { rights, undone, lost: self.lost, not_as_found: self.not_as_found.take() }
+    }
+
+    fn part(&mut self) {
+        if std::mem::replace(&mut self.parted, true) {
+            return;
+        }
         if self.ask(&Ask::Bye, CONT).is_err() && self.not_as_found.is_none() {
             // Its successor undid what there was, and goes with us.
             let _ = self.ask(&Ask::Bye, CONT);
         }
         self.peer.end();
-        let (rights, undone) = (self.rights, self.undone);
-        Parting { rights, undone, lost: self.lost, not_as_found: self.not_as_found }
     }
 
     /// Asks, and writes what was done for the answer into the journal.

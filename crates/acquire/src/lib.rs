@@ -33,7 +33,7 @@ use crate::guard::Guarded;
 use crate::guardian::{Guardian, GuardianError, Parting};
 use crate::log::Log;
 use crate::look::Looked;
-use crate::method::process::{self, Frozen, Pass, PassError, Work};
+use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
 use crate::plan::{Plan, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
 use crate::sealer::Sealer;
@@ -43,6 +43,7 @@ use evidence::exhibit;
 use evidence::manifest::{self, BlocksFile, Class, FileRecord, Image, JournalFile, MapCheck};
 use evidence::record::Span;
 use evidence::{GuestRange, PageState};
+use host::hold::HoldError;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -344,8 +345,11 @@ impl Run {
         }
         let process = &looked.target.process;
         let (cells, passes) = (&mut self.cells, &mut self.passes);
-        let frozen = process::freeze(work, process, planned, guardian, cells, passes)
-            .map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
+        let frozen = process::freeze(work, process, planned, guardian, cells, passes);
+        if let Err(NotHeld::Ptrace(error @ HoldError::NotFreed { .. })) = &frozen {
+            guardian.not_as_found.get_or_insert(error.to_string());
+        }
+        let frozen = frozen.map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
         let Frozen { hold, audit, end, doubts } = frozen;
         work.log.add("hold", &hold);
         if let Some((audit, span)) = &audit {

@@ -28,13 +28,78 @@ pub fn index(within_block: u64) -> usize {
     usize::try_from(within_block).unwrap_or(usize::MAX)
 }
 
-/// The blocks of one region.
-fn cells(range: GuestRange) -> impl Iterator<Item = Block> {
-    (range.start() / BLOCK_LEN..=range.last() / BLOCK_LEN).filter_map(move |cell| {
-        let start = (cell * BLOCK_LEN).max(range.start());
-        let end = (cell * BLOCK_LEN).saturating_add(BLOCK_LEN).min(range.end());
-        GuestRange::from_ends(start, end)
-    })
+/// The block of `range` in the cell that holds `addr`.
+fn at(range: GuestRange, addr: u64) -> Option<Block> {
+    let cell = addr / BLOCK_LEN * BLOCK_LEN;
+    GuestRange::new(cell, BLOCK_LEN).map_or_else(
+        // The last cell of the address space.
+        || GuestRange::from_ends(cell.max(range.start()), range.end()),
+        |cell| cell.intersect(range),
+    )
+}
+
+/// The blocks of a map in address order, none of them kept in memory: a forged map may name
+/// millions.
+#[derive(Clone, Debug)]
+pub struct Blocks {
+    ranges: Vec<GuestRange>,
+    /// The range that the next block is in.
+    range: usize,
+    /// The next block.
+    next: Option<Block>,
+    total: u64,
+}
+
+impl Blocks {
+    /// The blocks of the imaged regions of `map`.
+    ///
+    /// # Errors
+    /// [`TooManyBlocks`].
+    pub fn of(map: &MemoryMap) -> Result<Self, TooManyBlocks> {
+        let ranges: Vec<GuestRange> = map.imaged().map(|(_, range)| range).collect();
+        let count = ranges.iter().fold(0u64, |sum, r| {
+            sum.saturating_add(r.last() / BLOCK_LEN - r.start() / BLOCK_LEN + 1)
+        });
+        if count > MAX_BLOCKS {
+            return Err(TooManyBlocks(count));
+        }
+        let next = ranges.first().and_then(|&range| at(range, range.start()));
+        Ok(Self { ranges, range: 0, next, total: count })
+    }
+
+    /// How many there are in all.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// The next one; it is not taken.
+    pub fn peek(&self) -> Option<Block> {
+        self.next
+    }
+
+    /// Whether `block` is one of those that are still to come.
+    pub fn will_come(&self, block: Block) -> bool {
+        let after = self.ranges.partition_point(|range| range.start() <= block.start());
+        let range = after.checked_sub(1).and_then(|index| self.ranges.get(index));
+        let is_one = range.is_some_and(|&range| at(range, block.start()) == Some(block));
+        is_one && self.next.is_some_and(|next| next.start() <= block.start())
+    }
+}
+
+impl Iterator for Blocks {
+    type Item = Block;
+
+    fn next(&mut self) -> Option<Block> {
+        let block = self.next?;
+        let range = self.ranges.get(self.range)?;
+        self.next = if block.end() < range.end() {
+            at(*range, block.end())
+        } else {
+            self.range += 1;
+            self.ranges.get(self.range).and_then(|&range| at(range, range.start()))
+        };
+        Some(block)
+    }
 }
 
 /// Cuts the imaged regions of `map` into blocks, in address order.
@@ -42,13 +107,7 @@ fn cells(range: GuestRange) -> impl Iterator<Item = Block> {
 /// # Errors
 /// [`TooManyBlocks`] before anything is allocated.
 pub fn cut(map: &MemoryMap) -> Result<Vec<Block>, TooManyBlocks> {
-    let count = map.imaged().fold(0u64, |sum, (_, r)| {
-        sum.saturating_add(r.last() / BLOCK_LEN - r.start() / BLOCK_LEN + 1)
-    });
-    if count > MAX_BLOCKS {
-        return Err(TooManyBlocks(count));
-    }
-    Ok(map.imaged().flat_map(|(_, range)| cells(range)).collect())
+    Ok(Blocks::of(map)?.collect())
 }
 
 #[cfg(test)]
@@ -79,6 +138,14 @@ mod tests {
         assert_eq!(cut(&map), Err(TooManyBlocks(1 << 40)));
     }
 
+    #[test]
+    fn the_last_cell_of_the_address_space_is_one() {
+        let map = MemoryMap::new(vec![ram(u64::MAX - 0x30_0000, 0x30_0000)]).unwrap();
+        let blocks = cut(&map).unwrap();
+        assert_eq!(blocks.iter().map(|b| b.len()).sum::<u64>(), 0x30_0000);
+        assert_eq!(blocks.last().unwrap().end(), u64::MAX);
+    }
+
     proptest! {
         #[test]
         fn blocks_tile_the_regions(gaps in proptest::collection::vec((0u64..0x30_0000, 1u64..0x40_0000), 1..20)) {
@@ -91,6 +158,16 @@ mod tests {
             }
             let map = MemoryMap::new(regions.clone()).unwrap();
             let blocks = cut(&map).unwrap();
+            let mut lazy = Blocks::of(&map).unwrap();
+            prop_assert_eq!(lazy.total(), blocks.len() as u64);
+            for (number, block) in blocks.iter().enumerate() {
+                prop_assert_eq!(lazy.peek(), Some(*block));
+                prop_assert!(blocks[number..].iter().all(|later| lazy.will_come(*later)));
+                prop_assert!(!blocks[..number].iter().any(|gone| lazy.will_come(*gone)));
+                prop_assert!(block.len() == 1 || !lazy.will_come(GuestRange::new(block.start(), 1).unwrap()));
+                lazy.next();
+            }
+            prop_assert_eq!(lazy.peek(), None);
             prop_assert_eq!(blocks.iter().map(|b| b.len()).sum::<u64>(), map.imaged_len());
             for pair in blocks.windows(2) {
                 prop_assert!(pair[0].end() <= pair[1].start());

@@ -315,7 +315,7 @@ pub struct Process {
     pub no_new_privs: bool,
     /// Version of the kernel's Landlock interface that its ruleset was made for; null without one.
     pub landlock_abi: Option<u32>,
-    /// `allow-list`, `deny-list` or `none`.
+    /// `allow-list` or `deny-list` of ours, else what was found.
     pub seccomp: String,
     /// What was asked for and this host does not have.
     pub missing: Vec<String>,

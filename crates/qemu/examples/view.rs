@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         WAIT,
         Some(Box::new(|exchange| {
             if let Some(error) = exchange.error {
-                eprintln!("{} {}: {error}", exchange.command.word(), exchange.arguments);
+                eprintln!("{} {}: {error}", exchange.command, exchange.arguments);
             }
         })),
     )?;

@@ -258,7 +258,11 @@ impl Freezer<'_> {
         loop {
             tries += 1;
             let force = host::clock::monotonic_ns() + self.planned.at_most_ns;
-            guardian.arm(force + 2 * nanos(GRACE))?;
+            match guardian.arm(force + 2 * nanos(GRACE)) {
+                // Its successor is asked, with a new deadline.
+                Err(GuardianError::Lost(_)) if tries < TRIES => continue,
+                armed => armed?,
+            }
             let until = Instant::now() + at_most;
             let held = hold::during(process, &limits, |hold| {
                 let threads = u32::try_from(hold.threads()).unwrap_or(u32::MAX);

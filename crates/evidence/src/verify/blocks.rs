@@ -3,6 +3,7 @@
 use super::findings::{Findings, Place};
 use super::witness::Witnesses;
 use super::{LostBytes, Run, VerifyError, Work, read_error};
+use crate::block::Blocks;
 use crate::digest::{Digest, Hasher, MemoryRoot, other_bytes_sha256, sha256, sha256_of_zeros};
 use crate::exhibit::{self, ExhibitDir, ExhibitFile, image_name, is_zero};
 use crate::format::elf::Arch;
@@ -10,7 +11,7 @@ use crate::format::{self, FormatError};
 use crate::manifest::{BlocksFile, Image, LossKind, Manifest, Stable, StateBytes, Status};
 use crate::record::{RecordError, RecordReader};
 use crate::state::PAGE;
-use crate::{BLOCK_LEN, Block, BlockRecord, PageState, Segments, block};
+use crate::{BLOCK_LEN, Block, BlockRecord, PageState, Segments};
 use std::io::{self, SeekFrom};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,7 +41,7 @@ impl Run<'_> {
             return Ok(Checked::default());
         };
         let blocks_ok = self.check_blocks_file(blocks, witnesses)?;
-        let expected = match block::cut(&manifest.map) {
+        let expected = match Blocks::of(&manifest.map) {
             Ok(expected) => expected,
             Err(error) => {
                 self.findings.field("map", error.to_string());
@@ -49,8 +50,7 @@ impl Run<'_> {
         };
         let records = match blocks_ok {
             Some(_) => {
-                let limit = u64::try_from(expected.len()).unwrap_or(u64::MAX);
-                let records = RecordReader::new(self.open(exhibit::BLOCKS)?, limit);
+                let records = RecordReader::new(self.open(exhibit::BLOCKS)?, expected.total());
                 Some(records.map_err(|source| read_error(exhibit::BLOCKS, source))?)
             }
             None => None,
@@ -256,8 +256,7 @@ enum Task {
 struct Feed {
     records: Option<RecordReader<Box<dyn ExhibitFile>>>,
     pending: Option<BlockRecord>,
-    expected: Vec<Block>,
-    next: usize,
+    expected: Blocks,
     partial: bool,
     window: Option<crate::record::Span>,
     passes: usize,
@@ -276,7 +275,7 @@ struct Feed {
 impl Feed {
     fn new(
         records: Option<RecordReader<Box<dyn ExhibitFile>>>,
-        expected: Vec<Block>,
+        expected: Blocks,
         manifest: &Manifest,
     ) -> Self {
         Self {
@@ -284,7 +283,6 @@ impl Feed {
             records,
             pending: None,
             expected,
-            next: 0,
             partial: manifest.status == Status::Partial,
             window: manifest.window,
             passes: manifest.passes.len(),
@@ -310,27 +308,25 @@ impl Feed {
             if self.broken.is_some() || self.absent {
                 return None;
             }
-            let rest = self.expected.get(self.next..).unwrap_or_default();
+            let next = self.expected.peek();
             let Some(record) = record else {
-                match rest.first().copied().map(|block| self.without_record(block)) {
+                match next.map(|block| self.without_record(block)) {
                     Some(None) => continue,
                     task => return task.flatten(),
                 }
             };
-            match rest.binary_search(&record.range) {
-                Ok(0) => {
-                    self.next += 1;
-                    self.count_in(&record);
-                    return Some(Task::Check(record));
+            if next == Some(record.range) {
+                self.expected.next();
+                self.count_in(&record);
+                return Some(Task::Check(record));
+            }
+            if self.expected.will_come(record.range) {
+                self.pending = Some(record);
+                if let Some(task) = next.and_then(|block| self.without_record(block)) {
+                    return Some(task);
                 }
-                Ok(_) => {
-                    let block = rest.first().copied();
-                    self.pending = Some(record);
-                    if let Some(task) = block.and_then(|block| self.without_record(block)) {
-                        return Some(task);
-                    }
-                }
-                Err(_) => self.problem(record.range, "has a record but is no block of the map"),
+            } else {
+                self.problem(record.range, "has a record but is no block of the map");
             }
         }
     }
@@ -352,7 +348,7 @@ impl Feed {
     /// Passes over a block. A partial acquisition did not reach it, so the image is zero there; a
     /// complete one is not complete then.
     fn without_record(&mut self, block: Block) -> Option<Task> {
-        self.next += 1;
+        self.expected.next();
         self.missing = self.missing.saturating_add(block.len());
         if self.partial {
             return Some(Task::Zeros(block));
