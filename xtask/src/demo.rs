@@ -1,5 +1,5 @@
-//! `cargo xtask demo`: the README's first command, from nothing to a process list read from an
-//! image of a running guest.
+//! `cargo xtask demo`: the README's first command, from nothing to two images of a running guest
+//! and a process list read from one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,13 +21,17 @@ pub(crate) fn run() -> Outcome<()> {
     let lab = Lab::open().map_err(text)?;
     let guest = lab.guest().machine(Machine::Q35).memory_mib(512).name("demo").boot();
     let guest = guest.map_err(text)?;
-    let mut acquire = Command::new(&binary);
-    acquire.args(["acquire", &guest.pid().to_string(), "--method", "live"]);
-    acquire.args(["--consistency", "any", "-o"]).arg(&exhibits);
-    ok(&mut acquire)?;
+    // One instant, then one that the guest is not held for.
+    let mut exhibit = PathBuf::new();
+    for how in [["--method", "freeze", "--stall-budget", "900ms"].as_slice(), &["--method", "live"]]
+    {
+        let mut acquire = Command::new(&binary);
+        acquire.args(["acquire", &guest.pid().to_string()]).args(how).arg("-o").arg(&exhibits);
+        ok(&mut acquire)?;
+        exhibit = newest(&exhibits)?;
+        ok(Command::new(&binary).arg("verify").arg(&exhibit))?;
+    }
     guest.finish().map_err(text)?;
-    let exhibit = newest(&exhibits)?;
-    ok(Command::new(&binary).arg("verify").arg(&exhibit))?;
     let processes = processes(&kit, &exhibit.join("memory.elf"), lab.scratch())?;
     print!("{processes}");
     if !processes.contains(CANARY) {

@@ -499,9 +499,10 @@ impl Guardian {
         };
         let who = Who::of(&target.process);
         let undo = Undo::take(who).map_err(|error| match error {
-            UndoError::Taken { .. } => {
-                refuse(error.to_string(), "wait for it; if it hangs, `stillframe recover` ends it")
-            }
+            UndoError::Taken { .. } => refuse(
+                error.to_string(),
+                "wait for it, or end it; `stillframe recover` ends one whose hold is overdue",
+            ),
             UndoError::File { .. } => refuse(told(&error), "run as root, or set XDG_RUNTIME_DIR"),
         })?;
         let capture = Who::me().ok_or_else(|| {
