@@ -2,6 +2,7 @@
 //!
 //! Every check looks at the thing itself and changes nothing; none goes by a version number.
 
+use crate::undo;
 use host::{RamStore, memory, privilege};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -45,6 +46,7 @@ impl Check {
 /// All checks, the most basic first.
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![architecture(), rights(), yama(), processes(), ram(), ksm(), swap()];
+    checks.extend([sandbox(), left_behind()]);
     checks.extend(guests());
     checks
 }
@@ -140,6 +142,39 @@ fn swap() -> Check {
             Verdict::Limited,
             format!("{} MiB in use: guest pages in it come back when they are read", bytes >> 20),
             "`stillframe plan VM` shows how much of a VM is swapped out",
+        ),
+    }
+}
+
+fn sandbox() -> Check {
+    match host::sandbox::landlock_abi() {
+        Ok(Some(abi)) => Check::good("sandbox", format!("Landlock, version {abi}")),
+        Ok(None) | Err(_) => Check::bad(
+            "sandbox",
+            Verdict::Limited,
+            "no Landlock: what parses guest memory is kept from files by its user and seccomp alone",
+            "a kernel with Landlock (5.13 or later, lsm=...,landlock)",
+        ),
+    }
+}
+
+/// Files of runs whose processes are all dead: a VM may still be stopped.
+fn left_behind() -> Check {
+    let left = match undo::Undo::all() {
+        Ok(paths) => paths,
+        Err(error) => {
+            let text = crate::told(&error);
+            return Check::bad("left behind", Verdict::Limited, text, "run as root");
+        }
+    };
+    let dead = |path: &&std::path::PathBuf| undo::Undo::open(path, false).is_ok();
+    match left.iter().filter(dead).count() {
+        0 => Check::good("left behind", "nothing by runs that were killed"),
+        count => Check::bad(
+            "left behind",
+            Verdict::Limited,
+            format!("{count} runs were killed and may have left a VM stopped"),
+            "stillframe recover",
         ),
     }
 }

@@ -658,6 +658,7 @@ impl Run {
             class,
             hold: self.frozen.as_ref().map(|held| held.hold.clone()),
             audit: self.frozen.as_ref().and_then(|held| held.audit.clone()),
+            hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
             processes: processes(&self.parting, &self.sealers),
             workers: cpus(),
             store_bytes: guarded.store_bytes(),

@@ -186,11 +186,50 @@ fn facts(
 fn hold_facts(target: &Target, memory: &GuestMemory, resident: &[GuestRange]) -> HoldFacts {
     let tracer = target.process.tracer().ok().flatten();
     let threads = target.process.threads().map_or(0, |threads| threads.len());
+    let (vhost_in_kernel, writers) = writers(target);
     HoldFacts {
         traced_by: tracer,
+        vhost_in_kernel,
+        writers,
         threads: u32::try_from(threads).unwrap_or(u32::MAX),
         speed: speed::measure(memory, resident, crate::cpus()),
     }
+}
+
+/// Who writes guest memory beside QEMU's threads: whether vhost threads of the kernel do, and what
+/// no hold reaches.
+fn writers(target: &Target) -> (bool, Vec<String>) {
+    let links: Vec<String> = target
+        .process
+        .fds()
+        .unwrap_or_default()
+        .iter()
+        .map(|fd| String::from_utf8_lossy(&fd.link).into_owned())
+        .collect();
+    let opens = |prefix: &str| links.iter().any(|link| link.starts_with(prefix));
+    let vhost = ["/dev/vhost-net", "/dev/vhost-vsock", "/dev/vhost-scsi"].into_iter().any(opens);
+    // Since Linux 6.4 they are threads of the process, and ptrace stops them.
+    let reached = target.process.thread_names().iter().any(|name| name.starts_with("vhost-"));
+    let mut writers: Vec<String> = links
+        .iter()
+        .filter(|link| {
+            // `/dev/vfio/vfio` is the container, which any user of VFIO opens.
+            (link.starts_with("/dev/vfio/") && *link != "/dev/vfio/vfio")
+                || link.starts_with("/dev/vhost-vdpa")
+                || link.starts_with("/dev/infiniband/")
+        })
+        .cloned()
+        .collect();
+    let said =
+        |word: &str| target.argv.iter().any(|arg| String::from_utf8_lossy(arg).contains(word));
+    for word in ["vhost-user", "ivshmem", "nvme://"] {
+        if said(word) {
+            writers.push(format!("{word} (on QEMU's command line)"));
+        }
+    }
+    writers.sort();
+    writers.dedup();
+    (vhost && !reached, writers)
 }
 
 /// Room on the output's filesystem, and whether the VM's disks lie on it too.

@@ -117,6 +117,11 @@ pub struct HoldFacts {
     pub threads: u32,
     /// How fast memory is read; absent when no block was wholly in memory.
     pub speed: Option<Speed>,
+    /// vhost threads of the kernel that ptrace does not reach (before Linux 6.4); QEMU's `stop`
+    /// stops them.
+    pub vhost_in_kernel: bool,
+    /// What may write guest memory while neither ptrace nor QEMU lets anything run.
+    pub writers: Vec<String>,
 }
 
 /// Everything that the decision rests on.
@@ -267,7 +272,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         hold,
         output_bytes,
         changes: changes(facts, store, hold),
-        warnings: warnings(facts),
+        warnings: warnings(facts, hold),
     })
 }
 
@@ -469,7 +474,9 @@ fn hold_kind(facts: &Facts, wish: &Wish, reading: Duration) -> Result<HoldKind, 
     let long = reading + overhead(facts, HoldKind::Ptrace) > limit;
     match wish.hold {
         HoldWish::Stop => Ok(HoldKind::Stop),
-        HoldWish::Auto if traced.is_some() || long => Ok(HoldKind::Stop),
+        HoldWish::Auto if traced.is_some() || long || facts.hold.vhost_in_kernel => {
+            Ok(HoldKind::Stop)
+        }
         HoldWish::Auto => Ok(HoldKind::Ptrace),
         HoldWish::Ptrace => match traced {
             Some(reason) => Err(Refusal::new(reason, &["--hold stop", "end the debugger"])),
@@ -600,8 +607,27 @@ fn changes(facts: &Facts, store: StoreKind, hold: Option<PlannedHold>) -> Vec<St
     changes
 }
 
-fn warnings(facts: &Facts) -> Vec<String> {
-    let mut warnings = Vec::new();
+/// What may weaken the claim of one instant.
+pub fn hold_caveats(facts: &Facts, hold: Option<PlannedHold>) -> Vec<String> {
+    let Some(hold) = hold else { return Vec::new() };
+    let mut caveats: Vec<String> = facts
+        .hold
+        .writers
+        .iter()
+        .map(|writer| format!("{writer} may write guest memory while the guest is held"))
+        .collect();
+    if facts.hold.vhost_in_kernel && hold.kind == HoldKind::Ptrace {
+        caveats.push(
+            "vhost threads of the kernel may write guest memory while QEMU's threads are held by \
+             ptrace; --hold stop stops them"
+                .to_owned(),
+        );
+    }
+    caveats
+}
+
+fn warnings(facts: &Facts, hold: Option<PlannedHold>) -> Vec<String> {
+    let mut warnings = hold_caveats(facts, hold);
     if facts.run_state != "running" {
         warnings.push(format!("the VM's run state is {:?}; it is left so", facts.run_state));
     }
@@ -619,7 +645,6 @@ mod tests {
             migration: None,
             watchdogs: Vec::new(),
             hold: HoldFacts {
-                traced_by: None,
                 threads: 5,
                 speed: Some(Speed {
                     bytes_per_s: 10 << 30,
@@ -627,6 +652,7 @@ mod tests {
                     sampled_bytes: 24 << 20,
                     workers: 2,
                 }),
+                ..HoldFacts::default()
             },
             max_rate: None,
             image_bytes: 4 << 30,
@@ -747,6 +773,16 @@ mod tests {
         assert_eq!(
             choose(&traced, &by_name(within(900))).unwrap().hold.unwrap().kind,
             HoldKind::Stop
+        );
+        let vhost = HoldFacts { vhost_in_kernel: true, ..facts().hold };
+        let vhost = Facts { hold: vhost, ..facts() };
+        let plan = choose(&vhost, &by_name(within(900))).unwrap();
+        assert_eq!((plan.hold.unwrap().kind, plan.warnings), (HoldKind::Stop, vec![]));
+        assert!(choose(&vhost, &ptrace).unwrap().warnings[0].contains("vhost"));
+        let writers = HoldFacts { writers: vec!["/dev/vfio/7".into()], ..facts().hold };
+        let writers = Facts { hold: writers, ..facts() };
+        assert!(
+            choose(&writers, &by_name(within(900))).unwrap().warnings[0].contains("/dev/vfio/7")
         );
         // A page in swap is waited for.
         let swapped = Facts { swapped_bytes: 1 << 30, ..facts() };

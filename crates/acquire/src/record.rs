@@ -89,6 +89,8 @@ pub struct Story<'a> {
     pub hold: Option<manifest::Hold>,
     /// The audit read in it, and when.
     pub audit: Option<(manifest::Audit, Span)>,
+    /// What may weaken the claim of one instant.
+    pub hold_caveats: Vec<String>,
     /// The rights of every process that took part.
     pub processes: Vec<manifest::Process>,
     /// Worker threads.
@@ -364,6 +366,7 @@ impl Story<'_> {
                     .to_owned(),
             );
         }
+        caveats.extend(self.hold_caveats.iter().cloned());
         if self.hold.is_some() && self.class == manifest::Class::None {
             caveats.push("the guest was held, but the image does not show one instant".to_owned());
         }

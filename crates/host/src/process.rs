@@ -211,6 +211,13 @@ impl Process {
         numbers(dir, || self.path("task"))
     }
 
+    /// The names of its threads; of those that end meanwhile none.
+    pub fn thread_names(&self) -> Vec<String> {
+        let threads = self.threads().unwrap_or_default();
+        let name = |tid: &u32| self.small_text(&format!("task/{tid}/comm")).ok();
+        threads.iter().filter_map(name).map(|name| name.trim_end().to_owned()).collect()
+    }
+
     fn open_dir(&self, name: &str) -> Result<Dir, HostError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.dir, name, flags, Mode::empty())

@@ -281,8 +281,11 @@ fn landlock(
     Ok(Some(abi))
 }
 
-/// Landlock's version; `None` when the kernel has none or it was not chosen at boot.
-fn landlock_abi() -> io::Result<Option<u32>> {
+/// The version of the kernel's Landlock; `None` when it has none, or it is off.
+///
+/// # Errors
+/// The kernel's.
+pub fn landlock_abi() -> io::Result<Option<u32>> {
     const VERSION: u32 = 1;
     let none = std::ptr::null::<Rulesets>();
     // SAFETY: with this flag the kernel reads nothing.
