@@ -119,7 +119,9 @@ pub enum Event {
 
 /// Whoever listens: a progress bar, JSON lines, a test.
 pub trait Observer: Sync {
-    /// Called from the thread that runs the acquisition and, for progress, from its workers.
+    /// Called from the thread that runs the acquisition and, for progress, from its workers. From
+    /// [`Event::Held`] to [`Event::Released`] the guest waits for it to return: nothing may be
+    /// written there that can block, and no memory be waited for.
     fn event(&self, event: Event);
 }
 

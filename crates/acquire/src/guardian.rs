@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// How long the queries of a look may take in all.
-const LOOK: Duration = Duration::from_secs(120);
+const LOOK: Duration = Duration::from_secs(60);
 
 /// How long the guardian may take for what needs no QEMU.
 const PROMPT: Duration = Duration::from_secs(2);
