@@ -31,13 +31,15 @@ fn run() -> Result<()> {
     let out = PathBuf::from(args.next().ok_or_else(|| failed("say where the figures go"))?);
     let runs: u32 = args.next().and_then(|n| n.parse().ok()).unwrap_or(5);
     let lab = Lab::open()?;
-    let mut guest =
-        lab.guest().version(Version::V10_0).memory_mib(GUEST_MIB).name("bench").boot()?;
-    guest.plant_noise(NOISE_MIB, 7)?;
     let mut rows = Vec::new();
     for run in 0..runs {
+        // A new one each time: QEMU's own commands leave zero pages where holes were.
+        let mut guest =
+            lab.guest().version(Version::V10_0).memory_mib(GUEST_MIB).name("bench").boot()?;
+        guest.plant_noise(NOISE_MIB, 7)?;
         let row = json!({
             "run": run,
+            "load": std::fs::read_to_string("/proc/loadavg")?.trim(),
             "live": live(&lab, guest.pid(), "ram")?,
             "live_to_disk_store": live(&lab, guest.pid(), "disk")?,
             "bare": bare(&mut guest)?,
@@ -46,9 +48,9 @@ fn run() -> Result<()> {
         });
         eprintln!("run {run}: {row}");
         rows.push(row);
+        guest.finish()?;
     }
     let qemu = lab.kit.qemu_version(Version::V10_0)?;
-    guest.finish()?;
     let result = json!({
         "guest_mib": GUEST_MIB, "noise_mib": NOISE_MIB, "qemu": qemu, "runs": rows,
         "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
