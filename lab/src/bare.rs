@@ -98,9 +98,10 @@ impl Bare {
         let queue = Mutex::new(parts.into_iter());
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let one = || {
-            let mut buf = vec![1; PIECE];
+            let mut buf = vec![1; PIECE + PAGE];
+            let skip = buf.as_ptr().align_offset(PAGE);
             while let Some((hva, part)) = next() {
-                work(hva, part, &mut buf)?;
+                work(hva, part, &mut buf[skip..])?;
             }
             Ok(())
         };
