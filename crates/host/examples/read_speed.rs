@@ -81,9 +81,12 @@ fn measure(mib: u64) -> Result<(), Failed> {
             Ok(())
         };
         time("reading alone", &|at, scratch| scratch.read(&memory, at))?;
+        time("reading alone beside the page", &|at, scratch| {
+            Ok(memory.read(at, scratch.odd, &mut scratch.states)?)
+        })?;
         time("by a buffer into the RAM store", &|at, scratch| {
             scratch.read(&memory, at)?;
-            Ok(ram.put(at, &scratch.buf)?)
+            Ok(ram.put(at, scratch.buf)?)
         })?;
         time("straight into the RAM store", &|at, scratch| {
             let states = &mut scratch.states;
@@ -93,7 +96,7 @@ fn measure(mib: u64) -> Result<(), Failed> {
         })?;
         time("again, compared by a buffer", &|at, scratch| {
             scratch.read(&memory, at)?;
-            ram.get(at, &mut scratch.old)?;
+            ram.get(at, scratch.old)?;
             same(scratch.buf == scratch.old)
         })?;
         time("again, compared in place", &|at, scratch| {
@@ -104,7 +107,7 @@ fn measure(mib: u64) -> Result<(), Failed> {
         })?;
         time("by a buffer into the disk store", &|at, scratch| {
             scratch.read(&memory, at)?;
-            Ok(disk.put(at, &scratch.buf)?)
+            Ok(disk.put(at, scratch.buf)?)
         })?;
         disk.sync()?;
     }
@@ -119,20 +122,22 @@ fn rate(range: GuestRange, took: Duration) -> f64 {
 }
 
 /// A worker's buffers, as long as the block that it has.
-struct Scratch {
-    buf: Vec<u8>,
-    old: Vec<u8>,
+struct Scratch<'a> {
+    buf: &'a mut [u8],
+    old: &'a mut [u8],
+    /// Begins 16 bytes behind a page's beginning, as what `malloc` gives does.
+    odd: &'a mut [u8],
     states: Vec<PageState>,
 }
 
-impl Scratch {
+impl Scratch<'_> {
     fn read(&mut self, memory: &GuestMemory, at: GuestRange) -> Result<(), Failed> {
-        Ok(memory.read(at, &mut self.buf, &mut self.states)?)
+        Ok(memory.read(at, self.buf, &mut self.states)?)
     }
 }
 
 type Failed = Box<dyn Error + Send + Sync>;
-type Work<'a> = dyn Fn(GuestRange, &mut Scratch) -> Result<(), Failed> + Sync + 'a;
+type Work<'a> = dyn Fn(GuestRange, &mut Scratch<'_>) -> Result<(), Failed> + Sync + 'a;
 
 fn same(equal: bool) -> Result<(), Failed> {
     if equal { Ok(()) } else { Err("the store holds something else".into()) }
@@ -143,9 +148,12 @@ fn same(equal: bool) -> Result<(), Failed> {
 fn each(range: GuestRange, workers: usize, work: &Work<'_>) -> Result<Duration, Failed> {
     let next = AtomicU64::new(0);
     let one = || -> Result<Duration, Failed> {
-        let bytes = || vec![0; 1 << 20];
-        let states = vec![PageState::Hole; 256];
-        let mut scratch = Scratch { buf: bytes(), old: bytes(), states };
+        let mut room = [16, 0, 0].map(|beside| (beside, vec![1; (1 << 20) + 8192]));
+        let [odd, buf, old] = room.each_mut().map(|(beside, room)| {
+            let skip = room.as_ptr().align_offset(4096) + *beside;
+            &mut room[skip..][..1 << 20]
+        });
+        let mut scratch = Scratch { buf, old, odd, states: vec![PageState::Hole; 256] };
         loop {
             let block = GuestRange::new(next.fetch_add(BLOCK_LEN, Ordering::Relaxed), BLOCK_LEN);
             let Some(at) = block.filter(|block| range.covers(*block)) else {

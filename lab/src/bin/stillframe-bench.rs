@@ -1,5 +1,6 @@
-//! The bench of `live`: its window against QEMU's own `pmemsave` and `dump-guest-memory` on the same
-//! idle guest in the same run, against what the host allows, and the tool's memory beside its store.
+//! The bench: the window of `live` and the hold of `freeze` against QEMU's own `pmemsave` and
+//! `dump-guest-memory` on the same idle guest in the same run, against what the host allows, and the
+//! tool's memory beside its store. QEMU's dump has the guest stopped from its first to its last byte.
 //!
 //! `stillframe-bench OUT.json [RUNS]`; `STILLFRAME_TOOL` names the tool. Times are of whole
 //! processes or commands; only ratios within one run mean anything.
@@ -31,24 +32,29 @@ fn run() -> Result<()> {
     let out = PathBuf::from(args.next().ok_or_else(|| failed("say where the figures go"))?);
     let runs: u32 = args.next().and_then(|n| n.parse().ok()).unwrap_or(5);
     let lab = Lab::open()?;
-    let mut guest =
-        lab.guest().version(Version::V10_0).memory_mib(GUEST_MIB).name("bench").boot()?;
-    guest.plant_noise(NOISE_MIB, 7)?;
     let mut rows = Vec::new();
     for run in 0..runs {
+        // A new one each time: QEMU's own commands leave zero pages where holes were.
+        let mut guest =
+            lab.guest().version(Version::V10_0).memory_mib(GUEST_MIB).name("bench").boot()?;
+        guest.plant_noise(NOISE_MIB, 7)?;
         let row = json!({
             "run": run,
-            "live": live(&lab, guest.pid(), "ram")?,
-            "live_to_disk_store": live(&lab, guest.pid(), "disk")?,
+            "load": std::fs::read_to_string("/proc/loadavg")?.trim(),
+            "live": acquire(&lab, guest.pid(), &["live", "--store", "ram"])?,
+            "live_to_disk_store": acquire(&lab, guest.pid(), &["live", "--store", "disk"])?,
+            "freeze": acquire(&lab, guest.pid(), &["freeze", "--stall-budget", "60s"])?,
+            "freeze_by_stop":
+                acquire(&lab, guest.pid(), &["freeze", "--stall-budget", "60s", "--hold", "stop"])?,
             "bare": bare(&mut guest)?,
             "pmemsave_s": pmemsave(&mut guest)?,
             "dump_guest_memory_s": dump(&mut guest)?,
         });
         eprintln!("run {run}: {row}");
         rows.push(row);
+        guest.finish()?;
     }
     let qemu = lab.kit.qemu_version(Version::V10_0)?;
-    guest.finish()?;
     let result = json!({
         "guest_mib": GUEST_MIB, "noise_mib": NOISE_MIB, "qemu": qemu, "runs": rows,
         "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
@@ -63,22 +69,13 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-/// One acquisition on tmpfs: window, whole run, memory beside the store.
-fn live(lab: &Lab, pid: u32, store: &str) -> Result<Value> {
+/// One acquisition on tmpfs: window, hold, whole run, memory beside the store.
+fn acquire(lab: &Lab, pid: u32, method: &[&str]) -> Result<Value> {
     let dir = PathBuf::from("/dev/shm").join(format!("stillframe-bench-{pid}"));
     std::fs::create_dir_all(&dir)?;
-    let taken = lab
-        .tool([
-            "acquire",
-            &pid.to_string(),
-            "--method",
-            "live",
-            "--store",
-            store,
-            "-o",
-            &dir.display().to_string(),
-            "--force-output",
-        ])
+    let mut tool = lab.tool_command(["acquire", &pid.to_string(), "--force-output", "-o"])?;
+    tool.arg(&dir).arg("--method").args(method);
+    let taken = lab::runner::finish(tool, std::time::Duration::from_secs(300))
         .and_then(|done| done.expect_code(0));
     let read = taken.and_then(|done| {
         let exhibit = PathBuf::from(done.stdout.trim());
@@ -88,6 +85,9 @@ fn live(lab: &Lab, pid: u32, store: &str) -> Result<Value> {
         let number = |path: &str| manifest.pointer(path).and_then(Value::as_u64).unwrap_or(0);
         Ok(json!({
             "window_s": seconds(number("/window/t1_ns") - number("/window/t0_ns")),
+            "stall_s": seconds(number("/hold/ended_ns") - number("/hold/began_ns")),
+            "expected_s": seconds(number("/hold/expected_ns")),
+            "hold": manifest["hold"],
             "whole_s": done.took.as_secs_f64(),
             "beside_store_bytes": number("/footprint/tool_peak_rss"),
             "data_bytes": number("/states/data"),
@@ -167,6 +167,10 @@ fn medians(rows: &[Value]) -> Value {
         "live_window_s": window,
         "live_whole_s": median(rows, "/live/whole_s"),
         "live_disk_store_window_s": median(rows, "/live_to_disk_store/window_s"),
+        "freeze_stall_s": median(rows, "/freeze/stall_s"),
+        "freeze_expected_s": median(rows, "/freeze/expected_s"),
+        "freeze_by_stop_stall_s": median(rows, "/freeze_by_stop/stall_s"),
+        "dump_over_freeze": dump / median(rows, "/freeze/stall_s"),
         "pmemsave_s": pmemsave,
         "dump_guest_memory_s": dump,
         "pmemsave_over_window": pmemsave / window,
@@ -188,6 +192,10 @@ fn print_table(medians: &Value) {
     println!("| window of live, RAM store | {:.2} s | |", get("live_window_s"));
     println!("| window of live, disk store (tmpfs) | {:.2} s | |", get("live_disk_store_window_s"));
     println!("| live, whole run with sealing and file digest | {:.2} s | |", get("live_whole_s"));
+    println!("| freeze, stall (ptrace) | {:.2} s | |", get("freeze_stall_s"));
+    println!("| freeze, stall expected by the plan | {:.2} s | |", get("freeze_expected_s"));
+    println!("| freeze, stall (stop and cont) | {:.2} s | |", get("freeze_by_stop_stall_s"));
+    println!("| dump-guest-memory / stall of freeze | {:.1} | >= 10 |", get("dump_over_freeze"));
     println!("| pmemsave of all RAM | {:.2} s | |", get("pmemsave_s"));
     println!("| dump-guest-memory, ELF | {:.2} s | |", get("dump_guest_memory_s"));
     println!("| pmemsave / window | {:.1} | >= 20 |", get("pmemsave_over_window"));
