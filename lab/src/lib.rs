@@ -23,6 +23,7 @@ mod mtree;
 pub mod outer;
 #[path = "../guest/pattern.rs"]
 pub mod pattern;
+mod places;
 pub mod proc;
 mod qmp;
 mod ring;
@@ -36,6 +37,7 @@ pub use guest::{Accel, Backing, Builder, Guest, Machine, file_filler};
 pub use initramfs::{CANARY, GUEST_MODULES};
 pub use kit::{Kit, Version, cache};
 pub use mtree::Range;
+pub use places::{Place, Places};
 pub use qmp::Qmp;
 pub use ring::Ring;
 pub use runner::Lab;

@@ -65,6 +65,9 @@ macro_rules! tests {
     };
 }
 
+/// Name of the program in `lab/at-hold`.
+const AT_HOLD: &str = "stillframe-at-hold";
+
 /// What a test gets: guests, the tool, a scratch directory, the scale of the run.
 #[derive(Debug)]
 pub struct Lab {
@@ -122,6 +125,13 @@ impl Lab {
         S: AsRef<OsStr>,
     {
         finish(self.tool_command(args)?, Duration::from_secs(300))
+    }
+
+    /// The program that lets the lab look while the guest is held (lab/at-hold). It lies beside the
+    /// tool.
+    pub fn at_hold_command(&self) -> Result<Command> {
+        let tool = self.tool.as_ref().ok_or_else(|| failed("STILLFRAME_TOOL names no binary"))?;
+        Ok(Command::new(tool.with_file_name(AT_HOLD)))
     }
 
     fn clean(&self) -> Result<()> {
@@ -301,6 +311,10 @@ fn in_outer(lab: &Lab, tests: &[Test]) -> Result<Tally> {
     let mut script = String::new();
     if let Some(tool) = &lab.tool {
         outer = outer.file("job/stillframe", tool);
+        let at_hold = tool.with_file_name(AT_HOLD);
+        if at_hold.exists() {
+            outer = outer.file(&format!("job/{AT_HOLD}"), &at_hold);
+        }
         script.push_str("export STILLFRAME_TOOL=/job/stillframe\n");
     }
     let (full, deadline) = if lab.full { ("--full", OUTER[1]) } else { ("", OUTER[0]) };

@@ -87,7 +87,7 @@ fn results(counts: &str) -> Tally {
 /// Builds the tool and the lab as they are released, and runs the lab's tests.
 fn lab(full: bool, names: &[String]) -> Outcome<Tally> {
     let start = Instant::now();
-    let binaries = build::release(&["stillframe", "stillframe-lab"])?;
+    let binaries = build::release(&["stillframe", "stillframe-at-hold", "stillframe-lab"])?;
     println!("the static binaries took {:.1} s", start.elapsed().as_secs_f64());
     let mut command = Command::new(binaries.join("stillframe-lab"));
     command.env("STILLFRAME_TOOL", binaries.join("stillframe"));

@@ -403,7 +403,7 @@ fn freeze(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedHold, Refusa
                       wholly in memory";
         return Err(Refusal::new(reason, &[]));
     };
-    let kind = hold_kind(facts, wish, reading)?;
+    let kind = hold_kind(facts, wish, reading, margin)?;
     let expected = reading + overhead(facts, kind);
     let allowed = match kind {
         HoldKind::Ptrace => wish.stall_budget.min(ptrace_limit(facts)),
@@ -468,15 +468,21 @@ fn ptrace_limit(facts: &Facts) -> Duration {
     facts.watchdogs.iter().map(third).min().unwrap_or(PTRACE_AT_MOST).min(PTRACE_AT_MOST)
 }
 
-fn hold_kind(facts: &Facts, wish: &Wish, reading: Duration) -> Result<HoldKind, Refusal> {
+fn hold_kind(
+    facts: &Facts,
+    wish: &Wish,
+    reading: Duration,
+    margin: u32,
+) -> Result<HoldKind, Refusal> {
     let traced = facts.hold.traced_by.map(|pid| format!("process {pid} traces QEMU already"));
     let limit = ptrace_limit(facts);
-    let long = reading + overhead(facts, HoldKind::Ptrace) > limit;
+    let expected = reading + overhead(facts, HoldKind::Ptrace);
+    let long = expected > limit;
     match wish.hold {
         HoldWish::Stop => Ok(HoldKind::Stop),
-        HoldWish::Auto if traced.is_some() || long || facts.hold.vhost_in_kernel => {
-            Ok(HoldKind::Stop)
-        }
+        HoldWish::Auto if traced.is_some() || facts.hold.vhost_in_kernel => Ok(HoldKind::Stop),
+        // With the margin: what QEMU's `stop` can do is not refused for what ptrace may not.
+        HoldWish::Auto if expected * margin > limit => Ok(HoldKind::Stop),
         HoldWish::Auto => Ok(HoldKind::Ptrace),
         HoldWish::Ptrace => match traced {
             Some(reason) => Err(Refusal::new(reason, &["--hold stop", "end the debugger"])),
@@ -743,6 +749,15 @@ mod tests {
         let stop = Wish { hold: HoldWish::Stop, ..by_name(within(900)) };
         assert_eq!(hold(&facts(), &stop), Ok(HoldKind::Stop));
         assert!(choose(&facts(), &stop).unwrap().changes[0].contains("its clock stands"));
+    }
+
+    #[test]
+    fn auto_leaves_ptrace_the_margin_too() {
+        // 6 GiB are expected to take 758 ms: twice that is no hold by ptrace.
+        let large = Facts { resident_bytes: 6 << 30, reserve_bytes: 6 << 30, ..facts() };
+        let kind = |wish: &Wish| choose(&large, wish).unwrap().hold.unwrap().kind;
+        assert_eq!(kind(&within(9000)), HoldKind::Stop);
+        assert_eq!(kind(&by_name(within(9000))), HoldKind::Ptrace);
     }
 
     #[test]

@@ -18,8 +18,12 @@ const BLOCKS_A_WORKER: usize = 12;
 /// Blocks that are looked at for wholly present ones.
 const CANDIDATES: usize = 512;
 
-/// Single pages that each worker reads.
+/// Single pages that each worker reads in a round.
 const SINGLE_PAGES: usize = 64;
+
+/// Each worker reads its sample so often, and the round in the middle counts: on a busy host one
+/// that was put aside for a while would tell of the others' work.
+const ROUNDS: usize = 5;
 
 /// What was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -43,22 +47,27 @@ pub fn measure(memory: &GuestMemory, resident: &[GuestRange], workers: usize) ->
         return None;
     }
     let barrier = Barrier::new(workers);
-    let read = |own: Vec<GuestRange>| -> Option<(Instant, Instant, u64, Duration)> {
+    let read = |own: Vec<GuestRange>| -> Option<Own> {
         let mut buffer = vec![1u8; BLOCKS_A_WORKER * BLOCK_BYTES];
         let mut states = vec![PageState::Hole; pages_of(BLOCK_LEN)];
+        let (mut all, mut single) = (Vec::new(), Vec::new());
+        // Everybody comes here, also who has nothing to read.
         barrier.wait();
-        let began = Instant::now();
-        let mut bytes = 0;
-        for (block, to) in own.iter().zip(buffer.chunks_mut(BLOCK_BYTES)) {
-            read(memory, *block, to, &mut states)?;
-            bytes += block.len();
+        let first = *own.first()?;
+        for _ in 0..ROUNDS {
+            let began = Instant::now();
+            for (block, to) in own.iter().zip(buffer.chunks_mut(BLOCK_BYTES)) {
+                read(memory, *block, to, &mut states)?;
+            }
+            all.push(began.elapsed());
+            let began = Instant::now();
+            for page in evidence::state::pages(first).take(SINGLE_PAGES) {
+                read(memory, page, &mut buffer, &mut states)?;
+            }
+            single.push(began.elapsed());
         }
-        let ended = Instant::now();
-        let first = own.first()?;
-        for page in evidence::state::pages(*first).take(SINGLE_PAGES) {
-            read(memory, page, &mut buffer, &mut states)?;
-        }
-        Some((began, ended, bytes, ended.elapsed()))
+        let bytes = own.iter().map(|block| block.len()).sum();
+        Some(Own { bytes, all: middle(all), single: middle(single) })
     };
     let read = &read;
     let results: Vec<_> = thread::scope(|scope| {
@@ -71,19 +80,36 @@ pub fn measure(memory: &GuestMemory, resident: &[GuestRange], workers: usize) ->
         threads.into_iter().map(|thread| thread.join().ok().flatten()).collect()
     });
     // A worker without a block has nothing to say.
-    let results: Vec<_> = results.into_iter().flatten().collect();
-    let began = results.iter().map(|r| r.0).min()?;
-    let ended = results.iter().map(|r| r.1).max()?;
-    let bytes: u64 = results.iter().map(|r| r.2).sum();
-    let single = results.iter().map(|r| r.3).max()?;
-    let nanoseconds = ended.duration_since(began).as_nanos().max(1);
-    let bytes_per_s = u128::from(bytes) * 1_000_000_000 / nanoseconds;
+    let results: Vec<Own> = results.into_iter().flatten().collect();
+    let single = results.iter().map(|own| own.single).max()?;
+    let bytes_per_s: u128 = results.iter().map(Own::bytes_per_s).sum();
     Some(Speed {
         bytes_per_s: u64::try_from(bytes_per_s).unwrap_or(u64::MAX).max(1),
         page_ns: u64::try_from(single.as_nanos() / SINGLE_PAGES as u128).unwrap_or(u64::MAX),
-        sampled_bytes: bytes,
+        sampled_bytes: results.iter().map(|own| own.bytes).sum(),
         workers: u32::try_from(workers).unwrap_or(u32::MAX),
     })
+}
+
+/// What one worker found.
+struct Own {
+    bytes: u64,
+    /// For all its blocks.
+    all: Duration,
+    /// For [`SINGLE_PAGES`].
+    single: Duration,
+}
+
+impl Own {
+    fn bytes_per_s(&self) -> u128 {
+        u128::from(self.bytes) * 1_000_000_000 / self.all.as_nanos().max(1)
+    }
+}
+
+/// The one in the middle; no time when there is none.
+fn middle(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 fn read(
@@ -104,4 +130,16 @@ fn sample(memory: &GuestMemory, resident: &[GuestRange], count: usize) -> Vec<Gu
         resident.iter().step_by(step).take(CANDIDATES).filter(whole).copied().collect();
     let step = (found.len() / count.max(1)).max(1);
     found.into_iter().step_by(step).take(count).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_that_was_put_aside_does_not_count() {
+        let [short, long, longer] = [3, 4, 900].map(Duration::from_millis);
+        assert_eq!(middle(vec![longer, short, longer, long, short]), long);
+        assert_eq!(middle(Vec::new()), Duration::ZERO);
+    }
 }

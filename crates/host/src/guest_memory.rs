@@ -30,7 +30,7 @@ use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Pages looked up and read at a time: 2 MiB, so that QEMU's mmap lock is held shortly.
 const WINDOW: usize = 512;
@@ -91,6 +91,8 @@ pub struct Held {
     page_size: u64,
     backing: Option<Backing>,
     merged: AtomicBool,
+    /// Where the file of shared memory had data when the pass began: ascending offsets.
+    extents: RwLock<Vec<Range<u64>>>,
 }
 
 impl Held {
@@ -134,6 +136,29 @@ impl Held {
     /// Host virtual address of `gpa`, which lies in the place.
     fn hva(&self, gpa: u64) -> u64 {
         self.place.hva + (gpa - self.place.range.start())
+    }
+
+    /// Notes where the file of shared memory has data now. To ask where data *ends* (SEEK_HOLE) looks
+    /// at every page up to there, 40 ns each on the measuring host: asked for each block, a guest of
+    /// 64 GiB would take hours. So it is asked once a pass, and before the guest is held.
+    fn look_for_extents(&self) {
+        let (Mapping::Shared, Some(backing)) = (self.mapping, &self.backing) else { return };
+        let mut pos = self.file_off(self.place.range.start());
+        let end = pos + self.place.range.len();
+        let mut extents = Vec::new();
+        while let Some(data) = next_extent(&backing.file, pos, end) {
+            pos = data.end;
+            extents.push(data);
+        }
+        *self.extents.write().unwrap_or_else(PoisonError::into_inner) = extents;
+    }
+
+    /// Where the data ends that the file had at offset `pos`; `pos` when it had none there.
+    fn data_until(&self, pos: u64) -> u64 {
+        let extents = self.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let after = extents.partition_point(|data| data.start <= pos);
+        let before = after.checked_sub(1).and_then(|at| extents.get(at));
+        before.map_or(pos, |data| data.end.max(pos))
     }
 
     /// Offset in the file of `gpa`, which lies in the place; cannot wrap, `choose` checks it.
@@ -199,7 +224,7 @@ impl GuestMemory {
     }
 
     /// To be called before each pass over the memory: checks that each place still lies in the
-    /// mapping seen first, and decides anew whether KSM may have merged pages.
+    /// mapping seen first, and looks anew at what KSM may have merged and what files have.
     ///
     /// A mapping may grow or be cut at other ends (`madvise` on a neighbour does that); its file,
     /// position in the file, and rights may not change.
@@ -208,6 +233,7 @@ impl GuestMemory {
     /// [`HostError::Changed`] names both mappings.
     pub fn begin_pass(&self) -> Result<(), HostError> {
         self.check_mappings()?;
+        self.held.iter().for_each(Held::look_for_extents);
         self.decide_merged()
     }
 
@@ -313,18 +339,17 @@ impl GuestMemory {
         Ok(kept)
     }
 
-    /// Whether every page of `block` is in memory: reading it waits for no disk and brings nothing
+    /// Whether every page of `block` is in memory, as of the beginning of the pass: reading it waits for no disk and brings nothing
     /// back from swap. `false` where that cannot be told without asking for all of a mapping.
     ///
     /// # Errors
     /// As [`GuestMemory::resident`].
     pub fn is_wholly_present(&self, block: GuestRange) -> Result<bool, HostError> {
         let held = self.place_of(block).ok_or(HostError::NoPlace { range: block })?;
-        if let (Mapping::Shared, Some(backing)) = (held.mapping, &held.backing) {
+        if held.mapping == Mapping::Shared {
             // Pages that the process has not touched itself are not in its page table.
             let start = held.file_off(block.start());
-            let whole = start..start + block.len();
-            return Ok(next_extent(&backing.file, start, whole.end) == Some(whole));
+            return Ok(held.data_until(start) >= start + block.len());
         }
         let pages = evidence::state::page_count(block);
         let count = self
@@ -339,7 +364,7 @@ impl GuestMemory {
         match (held.mapping, &held.backing) {
             (Mapping::Shared, Some(backing)) => {
                 let start = held.file_off(block.start());
-                Ok(next_extent(&backing.file, start, start + block.len()).is_some())
+                Ok(next_data(&backing.file, start, start + block.len()).is_some())
             }
             // An absent page is the file's, and the file is read.
             (Mapping::PrivateFile, _) => Ok(true),
@@ -405,7 +430,7 @@ impl GuestMemory {
             };
         }
         if let (Mapping::Shared, Some(backing)) = (held.mapping, &held.backing) {
-            ways_by_extents(&backing.file, held.file_off(at.start()), at, ways);
+            ways_by_extents(held, &backing.file, at, ways);
         }
         let cells = Cells(at);
         for run in runs(ways) {
@@ -625,14 +650,7 @@ fn copy(
 /// The next bytes of `start..end` for which `file` has data; `None` when the rest is a hole or
 /// lies behind the file. A file system that cannot tell has data everywhere.
 fn next_extent(file: &File, start: u64, end: u64) -> Option<Range<u64>> {
-    if start >= end {
-        return None;
-    }
-    let data = match rustix::fs::seek(file, SeekFrom::Data(start)) {
-        Ok(data) if data < end => data,
-        Ok(_) | Err(Errno::NXIO) => return None,
-        Err(_) => return Some(start..end),
-    };
+    let data = next_data(file, start, end)?;
     match rustix::fs::seek(file, SeekFrom::Hole(data)) {
         Ok(hole) if hole > data => Some(data..hole.min(end)),
         // The file shrank or changed between the calls: reading will tell.
@@ -640,15 +658,35 @@ fn next_extent(file: &File, start: u64, end: u64) -> Option<Range<u64>> {
     }
 }
 
-/// Sets the ways of the cells of `at`, which begins at `start` of the file.
-fn ways_by_extents(file: &File, start: u64, at: GuestRange, ways: &mut [Way]) {
+/// Where data of `start..end` begins; `None` when all of it is a hole or lies behind the file.
+fn next_data(file: &File, start: u64, end: u64) -> Option<u64> {
+    if start >= end {
+        return None;
+    }
+    match rustix::fs::seek(file, SeekFrom::Data(start)) {
+        Ok(data) if data < end => Some(data),
+        Ok(_) | Err(Errno::NXIO) => None,
+        Err(_) => Some(start),
+    }
+}
+
+/// Sets the ways of the cells of `at`. What had data when the pass began is read: if it has none any
+/// more, zeros are, and nothing is allocated for them. What had none is looked at again.
+fn ways_by_extents(held: &Held, file: &File, at: GuestRange, ways: &mut [Way]) {
     let cells = Cells(at);
+    let start = held.file_off(at.start());
     let end = start + at.len();
     let mut pos = start;
-    while let Some(data) = next_extent(file, pos, end) {
-        let (first, last) = (cells.of(data.start - start), cells.of(data.end - 1 - start));
+    while pos < end {
+        let known = held.data_until(pos).min(end);
+        let (first, last) = if known > pos {
+            (cells.of(pos - start), cells.of(known - 1 - start))
+        } else {
+            let Some(data) = next_data(file, pos, end) else { break };
+            (cells.of(data - start), cells.of(data - start))
+        };
         ways[first..=last].fill(Way::File);
-        pos = data.end;
+        pos = start + cells.offset(last + 1);
     }
     if ways.contains(&Way::Hole) {
         // An unknown size makes no hole a loss: the extents were read a moment ago.
@@ -757,8 +795,8 @@ fn choose(
     };
     let page_size = *page_size;
     // Until the pass begins, the careful way.
-    let merged = AtomicBool::new(true);
-    Ok(Held { place, vma: smap.vma, mapping, page_size, backing, merged })
+    let (merged, extents) = (AtomicBool::new(true), RwLock::default());
+    Ok(Held { place, vma: smap.vma, mapping, page_size, backing, merged, extents })
 }
 
 /// Opens the file behind `vma`: through a descriptor of the process that is the same file, else

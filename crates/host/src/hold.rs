@@ -226,11 +226,15 @@ pub enum HoldError {
     Host(HostError),
 }
 
+/// The first few by name: a busy disk keeps dozens of workers.
 fn list(stragglers: &[Straggler]) -> String {
     let mut text = String::new();
-    for straggler in stragglers {
+    for straggler in stragglers.iter().take(4) {
         let comma = if text.is_empty() { "" } else { ", " };
         let _ = write!(text, "{comma}{straggler}");
+    }
+    if stragglers.len() > 4 {
+        let _ = write!(text, " and {} more", stragglers.len() - 4);
     }
     if text.is_empty() { "new threads kept appearing".into() } else { text }
 }

@@ -57,7 +57,7 @@ pub(super) fn acquire(lab: &Lab, guest: &Guest, method: &str, flags: &[&str]) ->
 }
 
 impl Exhibit {
-    fn open(dir: &Path) -> Result<Self> {
+    pub(super) fn open(dir: &Path) -> Result<Self> {
         let text = fs::read(dir.join("manifest.json")).doing("reading the manifest")?;
         Ok(Self { dir: dir.to_owned(), manifest: serde_json::from_slice(&text)? })
     }

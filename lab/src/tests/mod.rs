@@ -5,6 +5,7 @@ mod exhibit;
 mod faults;
 mod footprint;
 mod harness;
+mod holds;
 mod live;
 mod outer;
 mod run;
@@ -21,11 +22,13 @@ pub(crate) fn all() -> Vec<Test> {
         cli::TESTS,
         faults::TESTS,
         tear::TESTS,
+        holds::TESTS,
         outer::TESTS,
         live::OUTER,
         footprint::OUTER,
         faults::OUTER,
         tear::OUTER,
+        holds::OUTER,
     ]
     .concat()
 }

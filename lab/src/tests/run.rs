@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -105,8 +105,17 @@ pub(super) struct Running {
 
 impl Running {
     /// Starts the tool; its stdout must be JSON lines, or empty.
-    pub(super) fn start(mut command: Command) -> Result<Self> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    pub(super) fn start(command: Command) -> Result<Self> {
+        Self::with_stdin(command, Stdio::null())
+    }
+
+    /// The same for a program that is answered by [`Running::answer`].
+    pub(super) fn start_asking(command: Command) -> Result<Self> {
+        Self::with_stdin(command, Stdio::piped())
+    }
+
+    fn with_stdin(mut command: Command, stdin: Stdio) -> Result<Self> {
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let start = Instant::now();
         let mut child = command.spawn().doing(format_args!("starting {command:?}"))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -164,6 +173,12 @@ impl Running {
             let read = event["done_bytes"].as_u64() > Some(0) && event["phase"] == "capture";
             read && event["pass"] == n
         })
+    }
+
+    /// Writes an empty line to its stdin.
+    pub(super) fn answer(&mut self) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().ok_or_else(|| failed("its stdin is not ours"))?;
+        stdin.write_all(b"\n").doing("answering")
     }
 
     /// Sends the tool a signal.

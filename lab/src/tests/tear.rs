@@ -8,21 +8,11 @@ use lab::{Accel, Backing, Doing, Guest, Lab, Result, Ring, Version, here, outer}
 
 use super::exhibit::{Exhibit, acquire};
 
-pub(crate) const TESTS: &[lab::runner::Test] = here![
-    spliced_images_are_torn,
-    live_is_torn_and_a_stopped_guest_is_not,
-    a_slow_ring_is_torn_too,
-];
+pub(crate) const TESTS: &[lab::runner::Test] =
+    here![spliced_images_are_torn, freeze_is_one_instant, a_slow_ring_is_torn_too];
 
 pub(crate) const OUTER: &[lab::runner::Test] =
-    outer![spliced_images_of_kvm_guests_are_torn, live_is_torn_and_a_stopped_kvm_guest_is_not];
-
-/// To be added to `all()` with the method, as is the next.
-#[expect(dead_code, reason = "the tool has no method `freeze` yet")]
-pub(crate) const FREEZE: &[lab::runner::Test] = here![freeze_is_one_instant];
-
-#[expect(dead_code, reason = "the tool has no method `freeze` yet")]
-pub(crate) const FREEZE_OUTER: &[lab::runner::Test] = outer![freeze_of_a_kvm_guest_is_one_instant];
+    outer![spliced_images_of_kvm_guests_are_torn, freeze_of_a_kvm_guest_is_one_instant];
 
 /// Memory of the guests. In the outer guest every byte is copied and hashed by a translated CPU;
 /// a copy of 32 MiB still takes it hundreds of times longer than the coarser ring resolves.
@@ -125,22 +115,6 @@ fn each_subject(lab: &Lab, test: impl Fn(&mut Subject) -> Result<()>) -> Result<
         }
     }
     Ok(())
-}
-
-fn live_is_torn_and_a_stopped_guest_is_not(lab: &Lab) -> Result<()> {
-    live(lab, lab.scale(3, 10))
-}
-
-fn live_is_torn_and_a_stopped_kvm_guest_is_not(lab: &Lab) -> Result<()> {
-    live(lab, lab.scale(1, 5))
-}
-
-fn live(lab: &Lab, n: u32) -> Result<()> {
-    each_subject(lab, |subject| {
-        let controls = subject.controls(lab, n)?;
-        subject.report(&controls.to_string())?;
-        controls.hold()
-    })
 }
 
 fn freeze_is_one_instant(lab: &Lab) -> Result<()> {

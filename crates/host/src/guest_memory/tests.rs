@@ -2,7 +2,7 @@
 //! Real mappings of the test process in the role of a guest's RAM, and scripted readers.
 
 use super::*;
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::os::unix::fs::FileExt;
@@ -228,6 +228,36 @@ fn shared_memfd() {
     // Put there by another process that has the file: not in our page table, and no hole.
     area.file.as_ref().unwrap().write_all_at(&[9; 4096], 7 * 4096).unwrap();
     assert_eq!(read(&memory, GPA + 7 * 4096, 4096), (vec![9; 4096], vec![Data]));
+}
+
+/// Where data ends is asked once a pass; what appears or goes meanwhile is read all the same.
+#[test]
+fn data_of_shared_memory_is_looked_for_once_a_pass() {
+    let area = Area::memfd(700, MapFlags::SHARED);
+    (0..600).for_each(|page| area.write(page, 1));
+    let memory = open(&[(&area, GPA)]).unwrap();
+    let block = |page: u64| GuestRange::new(GPA + page * 4096, 256 * 4096).unwrap();
+    assert!(memory.is_wholly_present(block(344)).unwrap());
+    assert!(!memory.is_wholly_present(block(345)).unwrap());
+    let file = area.file.as_ref().unwrap();
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(file, punch, 3 * 4096, 4096).unwrap();
+    [600, 601, 603].iter().for_each(|page| area.write(*page, 2));
+    let before = area.footprint();
+    let (bytes, states) = read(&memory, GPA, 700 * 4096);
+    let expect = |at| match at {
+        3 => 0,
+        0..600 => 1,
+        600 | 601 | 603 => 2,
+        _ => 0,
+    };
+    for (at, page) in bytes.chunks(4096).enumerate() {
+        assert_eq!((page[0], page[4095]), (expect(at), expect(at)), "page {at}");
+    }
+    assert_eq!([states[602], states[603], states[604]], [Hole, Data, Hole]);
+    memory.begin_pass().unwrap();
+    assert_eq!(read(&memory, GPA + 3 * 4096, 4096), (vec![0; 4096], vec![Hole]));
+    assert_eq!(area.footprint(), before);
 }
 
 #[test]
