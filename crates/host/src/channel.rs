@@ -132,12 +132,7 @@ impl Channel {
     }
 
     /// Waits until the socket can be read or written, or is closed.
-    fn ready(
-        &self,
-        what: PollFlags,
-        began: Instant,
-        within: Duration,
-    ) -> Result<(), ChannelError> {
+    fn ready(&self, what: PollFlags, began: Instant, within: Duration) -> Result<(), ChannelError> {
         let left = within.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
         let left = left.ok_or(ChannelError::Timeout { waited: within })?;
         let mut polled = [PollFd::new(&self.socket, what)];

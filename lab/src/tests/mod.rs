@@ -5,6 +5,7 @@ mod exhibit;
 mod faults;
 mod footprint;
 mod harness;
+mod kills;
 mod live;
 mod outer;
 mod run;
@@ -20,11 +21,13 @@ pub(crate) fn all() -> Vec<Test> {
         footprint::TESTS,
         cli::TESTS,
         faults::TESTS,
+        kills::TESTS,
         tear::TESTS,
         outer::TESTS,
         live::OUTER,
         footprint::OUTER,
         faults::OUTER,
+        kills::OUTER,
         tear::OUTER,
     ]
     .concat()

@@ -166,6 +166,11 @@ impl Running {
         })
     }
 
+    /// Its PID.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends the tool a signal.
     pub(super) fn signal(&self, which: Signal) -> Result<()> {
         signal(self.child.id(), which)
