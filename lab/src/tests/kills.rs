@@ -7,6 +7,8 @@
 //! against the deadline is this time; the watcher's own longest lateness, by which the machine may
 //! have been late for the tool too, is allowed and printed.
 
+mod around;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,6 +34,8 @@ pub(crate) const TESTS: &[runner::Test] = here![
     sigstop_of_both,
     sigstop_of_seal,
 ];
+
+pub(crate) use around::TESTS as AROUND;
 
 pub(crate) const OUTER: &[runner::Test] = outer![kills_around_a_kvm_guest];
 
@@ -152,6 +156,12 @@ impl Watch {
         self.held.load(Ordering::Relaxed)
     }
 
+    /// Whether a look that is made from now on sees one.
+    fn held_now(&self) -> bool {
+        sleep(Duration::from_millis(20));
+        self.held()
+    }
+
     fn end(mut self) -> Result<Seen> {
         self.over.store(true, Ordering::Relaxed);
         let thread = self.thread.take().ok_or_else(|| failed("no watcher"))?;
@@ -208,6 +218,26 @@ impl<'a> Subject<'a> {
         command.args(["--hold", hold.word()]).arg("-o").arg(out);
         command.arg(self.guest.pid().to_string());
         Ok(command)
+    }
+
+    /// A run that was not refused: a machine that is busy just then can make the reading look too
+    /// slow for the budget.
+    fn begin(&self, start: impl Fn() -> Result<Running>) -> Result<Running> {
+        for _ in 0..20 {
+            let mut run = start()?;
+            let first = run.until(|event| event["event"] == "plan" || event["event"] == "done")?;
+            if first["event"] == "plan" {
+                return Ok(run);
+            }
+            run.end()?.expect(4)?.says(&["--stall-budget"])?;
+            sleep(Duration::from_millis(500));
+        }
+        Err(failed("the machine is too busy: refused over and over"))
+    }
+
+    /// A freeze that has begun.
+    fn frozen(&self, out: &Path, hold: Hold) -> Result<Running> {
+        self.begin(|| Running::start(self.freeze(out, hold)?))
     }
 
     /// Processes of the tool, and their command lines.
@@ -272,7 +302,7 @@ impl<'a> Subject<'a> {
     fn whole(&mut self, hold: Hold) -> Result<Whole> {
         let out = new_dir(self.lab, "whole")?;
         let watch = Watch::start(self, hold)?;
-        let mut run = Running::start(self.freeze(&out, hold)?)?;
+        let mut run = self.frozen(&out, hold)?;
         run.until(|event| event["event"] == "released")?;
         let released = Instant::now();
         let ended = run.end()?.expect(0)?;
@@ -424,7 +454,7 @@ impl Subject<'_> {
         if watch.held() && victims.len() == 2 {
             sleep((struck + self.pace.budget + OVERDUE).saturating_duration_since(Instant::now()));
             let said = self.recover()?;
-            assert!(said.contains("were ended") && !watch_held(watch), "{said}");
+            assert!(said.contains("were ended") && !watch.held_now(), "{said}");
         }
         for pid in victims {
             // Gone is as well.
@@ -486,12 +516,6 @@ impl Subject<'_> {
             false => bad(&format!("verify says {verdict:?} of {name}: {}", manifest["hold"])),
         }
     }
-}
-
-/// Whether a look that is made from now on sees a hold.
-fn watch_held(watch: &Watch) -> bool {
-    sleep(Duration::from_millis(20));
-    watch.held()
 }
 
 /// Blows of one kind at `count` moments for each kind of hold; prints what they showed.

@@ -22,6 +22,7 @@ pub(crate) fn all() -> Vec<Test> {
         cli::TESTS,
         faults::TESTS,
         kills::TESTS,
+        kills::AROUND,
         tear::TESTS,
         outer::TESTS,
         live::OUTER,

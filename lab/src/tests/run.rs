@@ -106,7 +106,13 @@ pub(super) struct Running {
 impl Running {
     /// Starts the tool; its stdout must be JSON lines, or empty.
     pub(super) fn start(mut command: Command) -> Result<Self> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        Self::start_on(command)
+    }
+
+    /// The same, with stdin and stderr as the command says: of a terminal.
+    pub(super) fn start_on(mut command: Command) -> Result<Self> {
+        command.stdout(Stdio::piped());
         let start = Instant::now();
         let mut child = command.spawn().doing(format_args!("starting {command:?}"))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -164,6 +170,11 @@ impl Running {
             let read = event["done_bytes"].as_u64() > Some(0) && event["phase"] == "capture";
             read && event["pass"] == n
         })
+    }
+
+    /// Whether it still runs.
+    pub(super) fn runs(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
     }
 
     /// Its PID.
