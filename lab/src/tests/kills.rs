@@ -33,6 +33,7 @@ pub(crate) const TESTS: &[runner::Test] = here![
     sigstop_of_guardian,
     sigstop_of_both,
     sigstop_of_seal,
+    the_guardian_as_it_stops_the_guest,
 ];
 
 pub(crate) use around::TESTS as AROUND;
@@ -269,7 +270,7 @@ impl<'a> Subject<'a> {
     /// Files in `/run/stillframe` that are about this guest.
     fn undo_files(&self) -> Vec<String> {
         let own = format!("{}-", self.guest.pid());
-        let all = names(Path::new("/run/stillframe")).unwrap_or_default();
+        let all = names(Path::new(UNDO)).unwrap_or_default();
         all.into_iter().filter(|name| name.starts_with(&own)).collect()
     }
 
@@ -370,7 +371,11 @@ impl Subject<'_> {
                 run.until(|event| event["event"] == "held")?;
                 sleep(whole.held.mul_f64(at.part * 0.9));
             }
-            (_, false) => sleep(whole.took.mul_f64(at.part)),
+            // The guardian goes when the map was taken again, right after the hold.
+            (Victim::Guardian | Victim::Both, false) => {
+                sleep((whole.took - whole.tail).mul_f64(at.part));
+            }
+            (Victim::Capture, false) => sleep(whole.took.mul_f64(at.part)),
         }
         Ok(())
     }
@@ -405,7 +410,7 @@ impl Subject<'_> {
             hit &= signal(*pid, cell.signal).is_ok();
         }
         if cell.signal == Signal::STOP {
-            self.outwait(&watch, &run, &victims)?;
+            self.outwait(cell, &watch, &run, &victims)?;
         }
         if cell.victim == Victim::Both {
             self.await_dead(&victims)?;
@@ -444,9 +449,13 @@ impl Subject<'_> {
 
     /// Processes were stopped: the guest is let go all the same, or by `recover`. Then they are
     /// ended, if they still hang.
-    fn outwait(&self, watch: &Watch, run: &Running, victims: &[u32]) -> Result<()> {
+    fn outwait(&self, cell: Cell, watch: &Watch, run: &Running, victims: &[u32]) -> Result<()> {
         let struck = Instant::now();
-        let alone = struck + self.pace.budget + PROMISED * 2;
+        let alone = match cell.victim {
+            // Nothing is held any more.
+            Victim::Seal => struck + PROMISED,
+            _ => struck + self.pace.budget + PROMISED * 2,
+        };
         while Instant::now() < alone && !proc::command_line(run.pid()).is_empty() {
             sleep(Duration::from_millis(2));
         }
@@ -597,6 +606,45 @@ fn sigstop_of_both(lab: &Lab) -> Result<()> {
 fn sigstop_of_seal(lab: &Lab) -> Result<()> {
     moments(lab, Signal::STOP, Victim::Seal)
 }
+
+/// The moment at which `stop` is announced and perhaps sent, but not answered yet: what is left of
+/// the guardian then is only the file.
+fn the_guardian_as_it_stops_the_guest(lab: &Lab) -> Result<()> {
+    let mut subject = Subject::boot(lab)?;
+    let (mut worst, mut ends) = (Seen::default(), Vec::new());
+    for n in 0..lab.scale(10, 100) {
+        let out = new_dir(lab, "out")?;
+        let watch = Watch::start(&subject, Hold::Stop)?;
+        let run = subject.frozen(&out, Hold::Stop)?;
+        let guardian = subject.process("@guardian").ok_or_else(|| failed("no guardian"))?;
+        let files = subject.undo_files();
+        let [file] = &*files else { return Err(failed(format_args!("undo files {files:?}"))) };
+        let until = Instant::now() + Duration::from_secs(10);
+        while !fs::read_to_string(Path::new(UNDO).join(file))?.contains("\"at\":\"stop\"") {
+            if Instant::now() > until {
+                return Err(failed("`stop` was never announced"));
+            }
+        }
+        let how = if n % 4 == 3 { Signal::KILL } else { Signal::STOP };
+        signal(guardian, how)?;
+        let ended = run.end()?;
+        let seen = watch.end()?;
+        subject.in_time(seen).doing(format_args!("{how:?} as it stops, {:?}", ended.events))?;
+        if seen.longest > worst.longest {
+            worst = seen;
+        }
+        let cell = Cell { signal: how, victim: Victim::Guardian, hold: Hold::Stop };
+        subject.judge(cell, &out, &ended)?;
+        subject.assert_clean()?;
+        fs::remove_dir_all(&out)?;
+        ends.push(ended.status.code().unwrap_or(-1));
+    }
+    println!("         worst {worst:?} of {:?}; ended with {ends:?}", subject.pace.budget);
+    subject.guest.finish()
+}
+
+/// Where the tool keeps what is to be undone.
+const UNDO: &str = "/run/stillframe";
 
 /// Some of all that, on Debian's own kernel.
 fn kills_around_a_kvm_guest(lab: &Lab) -> Result<()> {
