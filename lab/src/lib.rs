@@ -31,6 +31,7 @@ pub mod runner;
 mod serial;
 pub mod setup;
 pub mod tear;
+pub mod terminal;
 
 pub use error::{Doing, Failure, Result, failed, skipped};
 pub use guest::{Accel, Backing, Builder, Guest, Machine, file_filler};

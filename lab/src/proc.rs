@@ -40,6 +40,14 @@ pub fn with_argument(text: &str) -> Vec<u32> {
     pids.filter(|pid| !own.contains(pid) && command_line(*pid).contains(text)).collect()
 }
 
+/// PIDs of the processes that run this program, an absolute path without links.
+pub fn with_program(program: &Path) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    let runs = |pid: &u32| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|p| p == program);
+    pids.filter(runs).collect()
+}
+
 /// The command line of a process with spaces between its words; empty when it is gone.
 pub fn command_line(pid: u32) -> String {
     let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -577,7 +577,8 @@ impl Guardian {
     /// # Errors
     /// [`GuardianError`]; the guest goes on then.
     pub fn stop(&mut self, until_ns: u64) -> Result<Stopped, GuardianError> {
-        match self.ask(&Ask::Stop { until_ns }, until(until_ns) + GRACE)? {
+        // It ends the hold itself by then, if it can; its successor needs the rest of the time.
+        match self.ask(&Ask::Stop { until_ns }, until(until_ns) + GRACE / 2)? {
             Reply::Stopped(stopped) => Ok(stopped),
             other => self.out_of_turn(&other),
         }

@@ -48,7 +48,7 @@ fn filled(lab: &Lab, mib: u64) -> Result<(Guest, String)> {
 }
 
 /// Numbers below 1 that are spread well and are the same in every run.
-fn share(n: u32) -> f64 {
+pub(super) fn share(n: u32) -> f64 {
     f64::from(n.wrapping_mul(0x9e37_79b1) >> 8) / f64::from(1 << 24)
 }
 

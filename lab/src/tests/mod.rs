@@ -6,6 +6,7 @@ mod faults;
 mod footprint;
 mod harness;
 mod holds;
+mod kills;
 mod live;
 mod outer;
 mod run;
@@ -21,12 +22,15 @@ pub(crate) fn all() -> Vec<Test> {
         footprint::TESTS,
         cli::TESTS,
         faults::TESTS,
+        kills::TESTS,
+        kills::AROUND,
         tear::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,
         footprint::OUTER,
         faults::OUTER,
+        kills::OUTER,
         tear::OUTER,
         holds::OUTER,
     ]

@@ -105,17 +105,20 @@ pub(super) struct Running {
 
 impl Running {
     /// Starts the tool; its stdout must be JSON lines, or empty.
-    pub(super) fn start(command: Command) -> Result<Self> {
-        Self::with_stdin(command, Stdio::null())
+    pub(super) fn start(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        Self::start_on(command)
     }
 
     /// The same for a program that is answered by [`Running::answer`].
-    pub(super) fn start_asking(command: Command) -> Result<Self> {
-        Self::with_stdin(command, Stdio::piped())
+    pub(super) fn start_asking(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::piped()).stderr(Stdio::piped());
+        Self::start_on(command)
     }
 
-    fn with_stdin(mut command: Command, stdin: Stdio) -> Result<Self> {
-        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+    /// The same, with stdin and stderr as the command says: of a terminal.
+    pub(super) fn start_on(mut command: Command) -> Result<Self> {
+        command.stdout(Stdio::piped());
         let start = Instant::now();
         let mut child = command.spawn().doing(format_args!("starting {command:?}"))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -179,6 +182,16 @@ impl Running {
     pub(super) fn answer(&mut self) -> Result<()> {
         let stdin = self.child.stdin.as_mut().ok_or_else(|| failed("its stdin is not ours"))?;
         stdin.write_all(b"\n").doing("answering")
+    }
+
+    /// Whether it still runs.
+    pub(super) fn runs(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Its PID.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends the tool a signal.

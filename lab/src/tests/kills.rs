@@ -1,0 +1,657 @@
+//! The tool killed and stopped at any moment, and its terminal taken away: the guest runs on in
+//! time, and nothing that is left passes for what it is not.
+//!
+//! A watcher of the lab's own looks at QEMU every millisecond: at the state of its threads, or at
+//! its run state by a monitor of its own. A hold lasted at least from the first to the last look
+//! that saw it, so that whoever looks late finds it too short and never too long. What counts
+//! against the deadline is this time; the watcher's own longest lateness, by which the machine may
+//! have been late for the tool too, is allowed and printed.
+
+mod around;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{JoinHandle, sleep, spawn};
+use std::time::{Duration, Instant};
+
+use lab::{Accel, Doing, Guest, Lab, Qmp, Result, failed, here, outer, proc, runner};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use super::faults::share;
+use super::run::{Ended, Running, names, new_dir, signal, verify};
+
+pub(crate) const TESTS: &[runner::Test] = here![
+    sigkill_of_capture,
+    sigkill_of_guardian,
+    sigkill_of_both,
+    sigkill_of_seal,
+    sigstop_of_capture,
+    sigstop_of_guardian,
+    sigstop_of_both,
+    sigstop_of_seal,
+    the_guardian_as_it_stops_the_guest,
+];
+
+pub(crate) use around::TESTS as AROUND;
+
+pub(crate) const OUTER: &[runner::Test] = outer![kills_around_a_kvm_guest];
+
+/// How the guest is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    Ptrace,
+    Stop,
+}
+
+impl Hold {
+    const BOTH: [Self; 2] = [Self::Ptrace, Self::Stop];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ptrace => "ptrace",
+            Self::Stop => "stop",
+        }
+    }
+}
+
+/// Whom it hits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Capture,
+    Guardian,
+    Both,
+    Seal,
+}
+
+/// One kind of blow.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    signal: Signal,
+    victim: Victim,
+    hold: Hold,
+}
+
+/// What the tool promises beyond the stall budget.
+const PROMISED: Duration = Duration::from_millis(100);
+
+/// How long a hold may be overdue before `recover` ends its holders, and a little more.
+const OVERDUE: Duration = Duration::from_millis(1200);
+
+/// How the tool is run, so that a hold is long enough to be hit.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    rate: &'static str,
+    budget: Duration,
+}
+
+/// What the watcher saw.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    /// The longest hold, from the first to the last look that saw it.
+    longest: Duration,
+    /// The longest time between two looks.
+    late: Duration,
+    /// How many holds.
+    holds: u32,
+}
+
+/// Looks at QEMU all the time on a thread of its own.
+#[derive(Debug)]
+struct Watch {
+    over: Arc<AtomicBool>,
+    held: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<Seen>>>,
+}
+
+/// One look at a guest: whether it is held.
+fn look(pid: u32, monitor: Option<&mut Qmp>) -> Result<bool> {
+    match monitor {
+        Some(qmp) => Ok(qmp.run("query-status", json!({}))?["status"] != "running"),
+        None => Ok(proc::thread_states(pid)?.iter().any(|state| matches!(state, 't' | 'T'))),
+    }
+}
+
+impl Watch {
+    /// Of a hold by ptrace the threads tell, for QEMU answers nobody meanwhile; of one by QEMU,
+    /// QEMU.
+    fn start(subject: &Subject<'_>, hold: Hold) -> Result<Self> {
+        let (over, held) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (ends, tells, pid) = (Arc::clone(&over), Arc::clone(&held), subject.guest.pid());
+        let mut monitor = match hold {
+            Hold::Ptrace => None,
+            Hold::Stop => Some(Qmp::connect(&subject.monitor, Duration::from_secs(5))?),
+        };
+        let thread = spawn(move || {
+            let (mut seen, mut first, mut last) = (Seen::default(), None, Instant::now());
+            while !ends.load(Ordering::Relaxed) {
+                let before = Instant::now();
+                let now = look(pid, monitor.as_mut())?;
+                let after = Instant::now();
+                tells.store(now, Ordering::Relaxed);
+                seen.late = seen.late.max(after - last);
+                last = after;
+                first = match (first, now) {
+                    (None, true) => {
+                        seen.holds += 1;
+                        Some(after)
+                    }
+                    (first, true) => first,
+                    (_, false) => None,
+                };
+                if let Some(first) = first {
+                    seen.longest = seen.longest.max(before.saturating_duration_since(first));
+                }
+                sleep(Duration::from_millis(1));
+            }
+            Ok(seen)
+        });
+        Ok(Self { over, held, thread: Some(thread) })
+    }
+
+    /// Whether the last look saw a hold.
+    fn held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Whether a look that is made from now on sees one.
+    fn held_now(&self) -> bool {
+        sleep(Duration::from_millis(20));
+        self.held()
+    }
+
+    fn end(mut self) -> Result<Seen> {
+        self.over.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().ok_or_else(|| failed("no watcher"))?;
+        thread.join().map_err(|_| failed("the watcher panicked"))?.doing("watching QEMU")
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A guest that is acquired over and over.
+struct Subject<'a> {
+    lab: &'a Lab,
+    guest: Guest,
+    /// The watcher's.
+    monitor: PathBuf,
+    /// The tool's program.
+    program: PathBuf,
+    pace: Pace,
+}
+
+/// What a run is like that nobody disturbs.
+#[derive(Clone, Copy, Debug)]
+struct Whole {
+    took: Duration,
+    held: Duration,
+    /// From the release to the end.
+    tail: Duration,
+}
+
+impl<'a> Subject<'a> {
+    fn boot(lab: &'a Lab) -> Result<Self> {
+        let monitor = lab.scratch().join("watch.sock");
+        let argument = format!("unix:{},server=on,wait=off", monitor.display());
+        let guest = lab.guest().memory_mib(160).args(&["-qmp", &argument]).boot()?;
+        let program = lab.tool_command([""; 0])?.get_program().to_owned();
+        let program = fs::canonicalize(program)?;
+        // All that the outer guest does takes ten times as long, reading too.
+        let pace = match Accel::from_env() {
+            Accel::Tcg => Pace { rate: "400M", budget: Duration::from_millis(600) },
+            Accel::Kvm => Pace { rate: "400M", budget: Duration::from_millis(900) },
+        };
+        Ok(Self { lab, guest, monitor, program, pace })
+    }
+
+    fn freeze(&self, out: &Path, hold: Hold) -> Result<Command> {
+        let fixed = ["acquire", "--method", "freeze", "--json", "--file-digest", "no"];
+        let mut command = self.lab.tool_command(fixed)?;
+        let budget = format!("{}ms", self.pace.budget.as_millis());
+        command.args(["--store", "ram", "--max-rate", self.pace.rate, "--stall-budget", &budget]);
+        command.args(["--hold", hold.word()]).arg("-o").arg(out);
+        command.arg(self.guest.pid().to_string());
+        Ok(command)
+    }
+
+    /// A run that was not refused: a machine that is busy just then can make the reading look too
+    /// slow for the budget.
+    fn begin(&self, start: impl Fn() -> Result<Running>) -> Result<Running> {
+        for _ in 0..20 {
+            let mut run = start()?;
+            let first = run.until(|event| event["event"] == "plan" || event["event"] == "done")?;
+            if first["event"] == "plan" {
+                return Ok(run);
+            }
+            run.end()?.expect(4)?.says(&["--stall-budget"])?;
+            sleep(Duration::from_millis(500));
+        }
+        Err(failed("the machine is too busy: refused over and over"))
+    }
+
+    /// A freeze that has begun.
+    fn frozen(&self, out: &Path, hold: Hold) -> Result<Running> {
+        self.begin(|| Running::start(self.freeze(out, hold)?))
+    }
+
+    /// Processes of the tool, and their command lines.
+    fn processes(&self) -> Vec<(u32, String)> {
+        let pids = proc::with_program(&self.program).into_iter();
+        pids.map(|pid| (pid, proc::command_line(pid))).collect()
+    }
+
+    /// The process with this argument.
+    fn process(&self, argument: &str) -> Option<u32> {
+        let mut all = self.processes().into_iter();
+        all.find(|(_, line)| line.contains(argument)).map(|(pid, _)| pid)
+    }
+
+    /// Whether the guest is held this moment.
+    fn held(&mut self, hold: Hold) -> Result<bool> {
+        match hold {
+            Hold::Ptrace => look(self.guest.pid(), None),
+            Hold::Stop => Ok(self.guest.status()? != "running"),
+        }
+    }
+
+    /// `recover` for this guest: its output. It must find nothing that it cannot put right.
+    fn recover(&self) -> Result<String> {
+        let vm = self.guest.pid().to_string();
+        Ok(self.lab.tool(["recover", &vm])?.expect_code(0).doing("recover")?.stdout)
+    }
+
+    /// Files in `/run/stillframe` that are about this guest.
+    fn undo_files(&self) -> Vec<String> {
+        let own = format!("{}-", self.guest.pid());
+        let all = names(Path::new(UNDO)).unwrap_or_default();
+        all.into_iter().filter(|name| name.starts_with(&own)).collect()
+    }
+
+    /// Waits until no process of the tool is left.
+    fn await_gone(&self) -> Result<()> {
+        let until = Instant::now() + Duration::from_secs(5);
+        loop {
+            match self.processes() {
+                left if left.is_empty() => return Ok(()),
+                left if Instant::now() > until => {
+                    return Err(failed(format_args!("left behind: {left:?}")));
+                }
+                _ => sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+
+    /// Nothing of a run is left: no process, no file, and the guest is as it was.
+    fn assert_clean(&mut self) -> Result<()> {
+        self.await_gone()?;
+        self.recover()?;
+        let files = self.undo_files();
+        if !files.is_empty() {
+            return Err(failed(format_args!("recover left {files:?}")));
+        }
+        self.guest.assert_as_found()
+    }
+
+    /// A run that nobody disturbs.
+    fn whole(&mut self, hold: Hold) -> Result<Whole> {
+        let out = new_dir(self.lab, "whole")?;
+        let watch = Watch::start(self, hold)?;
+        let mut run = self.frozen(&out, hold)?;
+        run.until(|event| event["event"] == "released")?;
+        let released = Instant::now();
+        let ended = run.end()?.expect(0)?;
+        let tail = released.elapsed();
+        let seen = watch.end()?;
+        assert_eq!((seen.holds, self.undo_files()), (1, vec![]), "{seen:?}");
+        let manifest = ended.complete(self.lab)?;
+        assert_eq!(manifest["class"], "instantaneous");
+        let released = ended.events.iter().find(|event| event["event"] == "released");
+        let held = released.and_then(|event| event["held_ns"].as_u64());
+        let held = Duration::from_nanos(held.ok_or_else(|| failed("no `released`"))?);
+        fs::remove_dir_all(&out)?;
+        self.assert_clean()?;
+        Ok(Whole { took: ended.took, held, tail })
+    }
+}
+
+/// When a blow falls.
+#[derive(Clone, Copy, Debug)]
+struct At {
+    /// Into the hold, or anywhere.
+    aimed: bool,
+    /// Which part of that is over.
+    part: f64,
+    /// The guardian is hit before capture.
+    backwards: bool,
+}
+
+impl At {
+    /// Moment `number` of `count`, tried for the `n`th time in all. Every other one is aimed.
+    fn new(number: u32, count: u32, n: u32) -> Self {
+        let aimed = number.is_multiple_of(2);
+        let spread = (f64::from(number) + share(n)) / f64::from(count);
+        let part = if aimed || n > number { share(n) } else { spread };
+        Self { aimed, part, backwards: number / 2 % 2 == 1 }
+    }
+}
+
+/// What one blow showed.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    inside: bool,
+    seen: Seen,
+    left: Left,
+}
+
+/// What lay in the output afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    Nothing,
+    Partial,
+    Whole,
+}
+
+impl Subject<'_> {
+    /// Waits for the moment.
+    fn await_moment(&self, cell: Cell, whole: Whole, at: At, run: &mut Running) -> Result<()> {
+        match (cell.victim, at.aimed) {
+            // It lives after the hold.
+            (Victim::Seal, _) => {
+                run.until(|event| event["event"] == "released")?;
+                sleep(whole.tail.mul_f64(at.part * 0.8));
+            }
+            (_, true) => {
+                run.until(|event| event["event"] == "held")?;
+                sleep(whole.held.mul_f64(at.part * 0.9));
+            }
+            // The guardian goes when the map was taken again, right after the hold.
+            (Victim::Guardian | Victim::Both, false) => {
+                sleep((whole.took - whole.tail).mul_f64(at.part));
+            }
+            (Victim::Capture, false) => sleep(whole.took.mul_f64(at.part)),
+        }
+        Ok(())
+    }
+
+    /// The processes to be hit; none when they are not there (yet or any more).
+    fn victims(&self, cell: Cell, at: At, run: &Running) -> Vec<u32> {
+        let capture = Some(run.pid()).filter(|pid| !proc::command_line(*pid).is_empty());
+        let both = || {
+            let (capture, guardian) = (capture?, self.process("@guardian")?);
+            // Either may see the other die.
+            Some(if at.backwards { vec![guardian, capture] } else { vec![capture, guardian] })
+        };
+        let one = |pid: Option<u32>| pid.into_iter().collect();
+        match cell.victim {
+            Victim::Capture => one(capture),
+            Victim::Guardian => one(self.process("@guardian")),
+            Victim::Both => both().unwrap_or_default(),
+            Victim::Seal => one(self.process("@seal")),
+        }
+    }
+
+    /// A run, and a blow at some moment of it; `None` when it hit nobody.
+    fn moment(&mut self, cell: Cell, whole: Whole, at: At) -> Result<Option<Moment>> {
+        let out = new_dir(self.lab, "out")?;
+        let watch = Watch::start(self, cell.hold)?;
+        let mut run = Running::start(self.freeze(&out, cell.hold)?)?;
+        let came = self.await_moment(cell, whole, at, &mut run);
+        let victims = self.victims(cell, at, &run);
+        let inside = self.held(cell.hold)?;
+        let mut hit = !victims.is_empty();
+        for pid in &victims {
+            hit &= signal(*pid, cell.signal).is_ok();
+        }
+        if cell.signal == Signal::STOP {
+            self.outwait(cell, &watch, &run, &victims)?;
+        }
+        if cell.victim == Victim::Both {
+            self.await_dead(&victims)?;
+            self.recover()?;
+            assert_eq!(self.recover()?, "", "recover is not idempotent");
+            assert_eq!(self.guest.status()?, "running", "after recover");
+        }
+        let ended = run.end()?;
+        // A machine that is busy just then can make the reading look too slow for the budget.
+        let refused = ended.status.code() == Some(4) && ended.stderr.contains("refused: ");
+        if !refused {
+            came?;
+        }
+        self.await_gone()?;
+        let seen = watch.end()?;
+        // The promise of both killed is `recover`'s.
+        if (cell.victim, cell.hold) != (Victim::Both, Hold::Stop) {
+            self.in_time(seen)?;
+        }
+        let left = match refused {
+            true if names(&out)?.is_empty() => Left::Nothing,
+            _ => self.judge(cell, &out, &ended)?,
+        };
+        self.assert_clean()?;
+        fs::remove_dir_all(&out)?;
+        Ok((hit && !refused).then_some(Moment { inside, seen, left }))
+    }
+
+    /// Fails when the guest was held beyond what is promised.
+    fn in_time(&self, seen: Seen) -> Result<()> {
+        if seen.longest <= self.pace.budget + PROMISED + seen.late {
+            return Ok(());
+        }
+        Err(failed(format_args!("held too long for {:?}: {seen:?}", self.pace.budget)))
+    }
+
+    /// Processes were stopped: the guest is let go all the same, or by `recover`. Then they are
+    /// ended, if they still hang.
+    fn outwait(&self, cell: Cell, watch: &Watch, run: &Running, victims: &[u32]) -> Result<()> {
+        let struck = Instant::now();
+        let alone = match cell.victim {
+            // Nothing is held any more.
+            Victim::Seal => struck + PROMISED,
+            _ => struck + self.pace.budget + PROMISED * 2,
+        };
+        while Instant::now() < alone && !proc::command_line(run.pid()).is_empty() {
+            sleep(Duration::from_millis(2));
+        }
+        // Nobody is left who would let it go.
+        if watch.held() && victims.len() == 2 {
+            sleep((struck + self.pace.budget + OVERDUE).saturating_duration_since(Instant::now()));
+            let said = self.recover()?;
+            assert!(said.contains("were ended") && !watch.held_now(), "{said}");
+        }
+        for pid in victims {
+            // Gone is as well.
+            let _ = signal(*pid, Signal::KILL);
+        }
+        Ok(())
+    }
+
+    /// Waits until the kernel has done with them: then their files are closed.
+    fn await_dead(&self, pids: &[u32]) -> Result<()> {
+        let until = Instant::now() + Duration::from_secs(5);
+        let lives =
+            |pid: &u32| !matches!(proc::thread_states(*pid).as_deref(), Err(_) | Ok([] | ['Z']));
+        while pids.iter().any(lives) {
+            if Instant::now() > until {
+                return Err(failed(format_args!("of {pids:?} some do not die")));
+            }
+            sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// What is left must be what it looks like.
+    fn judge(&self, cell: Cell, out: &Path, ended: &Ended) -> Result<Left> {
+        let done = ended.done("exit");
+        let code = ended.status.code();
+        let bad = |what: &str| {
+            let Ended { status, events, stderr, .. } = ended;
+            Err(failed(format_args!("{what}: ended with {status}; {events:?}; {stderr}")))
+        };
+        match (cell.victim, code) {
+            // Another one does its work.
+            (Victim::Seal, Some(0)) | (Victim::Guardian, Some(0 | 1 | 3 | 4)) => {}
+            (Victim::Capture | Victim::Both, None | Some(0)) => {}
+            _ => return bad("an end that is none"),
+        }
+        let names = names(out)?;
+        let [name] = &*names else {
+            return if names.is_empty() { Ok(Left::Nothing) } else { bad("more than one exhibit") };
+        };
+        let dir = out.join(name);
+        let verdict = verify(self.lab, &dir)?;
+        if name.ends_with(".partial") {
+            let passes = verdict == Some(0) || matches!(code, Some(0 | 3));
+            return if passes { bad("a partial exhibit passes") } else { Ok(Left::Partial) };
+        }
+        let manifest: Value = serde_json::from_slice(&fs::read(dir.join("manifest.json"))?)?;
+        let fits = match verdict {
+            Some(0) => manifest["status"] == "complete",
+            Some(3) => code == Some(3),
+            _ => false,
+        };
+        // Killed between the new name and the last word, it said nothing.
+        let said = done == json!(verdict) || code.is_none();
+        let lasted = manifest["hold"]["lasted"] == true;
+        let true_class = (manifest["class"] == "instantaneous") <= lasted;
+        match fits && said && true_class {
+            true => Ok(Left::Whole),
+            false => bad(&format!("verify says {verdict:?} of {name}: {}", manifest["hold"])),
+        }
+    }
+}
+
+/// Blows of one kind at `count` moments for each kind of hold; prints what they showed.
+fn blows(lab: &Lab, signal: Signal, victim: Victim, count: u32) -> Result<()> {
+    let mut subject = Subject::boot(lab)?;
+    let (mut inside, mut all) = (0, 0);
+    for hold in Hold::BOTH {
+        let cell = Cell { signal, victim, hold };
+        let whole = subject.whole(hold).doing(format_args!("undisturbed, {hold:?}"))?;
+        let mut moments = Vec::new();
+        // A blow into the void is none.
+        for n in 0..count * 4 {
+            let number = u32::try_from(moments.len())?;
+            if number == count {
+                break;
+            }
+            let at = At::new(number, count, n);
+            let struck = subject.moment(cell, whole, at).doing(format_args!("{cell:?}, {at:?}"))?;
+            moments.extend(struck);
+        }
+        assert_eq!(moments.len(), usize::try_from(count)?, "too many blows hit nobody");
+        let hit = moments.iter().filter(|moment| moment.inside).count();
+        let left = |what| moments.iter().filter(|moment| moment.left == what).count();
+        let worst = moments.iter().map(|moment| moment.seen.longest).max().unwrap_or_default();
+        let late = moments.iter().map(|moment| moment.seen.late).max().unwrap_or_default();
+        println!(
+            "         {signal:?} {victim:?} {}: {count} moments, {hit} inside the hold; held {:.0} ms \
+             at most of {} (undisturbed {:.0}, watcher late by {:.0}); whole {}, partial {}, none {}",
+            hold.word(),
+            worst.as_secs_f64() * 1e3,
+            subject.pace.budget.as_millis(),
+            whole.held.as_secs_f64() * 1e3,
+            late.as_secs_f64() * 1e3,
+            left(Left::Whole),
+            left(Left::Partial),
+            left(Left::Nothing),
+        );
+        (inside, all) = (inside + hit, all + moments.len());
+    }
+    if victim != Victim::Seal && inside * 100 < all * 30 {
+        return Err(failed(format_args!("void: {inside} of {all} blows fell inside a hold")));
+    }
+    subject.guest.finish()
+}
+
+/// Half of them for each kind of hold.
+fn moments(lab: &Lab, signal: Signal, victim: Victim) -> Result<()> {
+    blows(lab, signal, victim, lab.scale(10, 150))
+}
+
+fn sigkill_of_capture(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::KILL, Victim::Capture)
+}
+
+fn sigkill_of_guardian(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::KILL, Victim::Guardian)
+}
+
+fn sigkill_of_both(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::KILL, Victim::Both)
+}
+
+fn sigkill_of_seal(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::KILL, Victim::Seal)
+}
+
+fn sigstop_of_capture(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::STOP, Victim::Capture)
+}
+
+fn sigstop_of_guardian(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::STOP, Victim::Guardian)
+}
+
+fn sigstop_of_both(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::STOP, Victim::Both)
+}
+
+fn sigstop_of_seal(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::STOP, Victim::Seal)
+}
+
+/// The moment at which `stop` is announced and perhaps sent, but not answered yet: what is left of
+/// the guardian then is only the file.
+fn the_guardian_as_it_stops_the_guest(lab: &Lab) -> Result<()> {
+    let mut subject = Subject::boot(lab)?;
+    let (mut worst, mut ends) = (Seen::default(), Vec::new());
+    for n in 0..lab.scale(10, 100) {
+        let out = new_dir(lab, "out")?;
+        let watch = Watch::start(&subject, Hold::Stop)?;
+        let run = subject.frozen(&out, Hold::Stop)?;
+        let guardian = subject.process("@guardian").ok_or_else(|| failed("no guardian"))?;
+        let files = subject.undo_files();
+        let [file] = &*files else { return Err(failed(format_args!("undo files {files:?}"))) };
+        let until = Instant::now() + Duration::from_secs(10);
+        while !fs::read_to_string(Path::new(UNDO).join(file))?.contains("\"at\":\"stop\"") {
+            if Instant::now() > until {
+                return Err(failed("`stop` was never announced"));
+            }
+        }
+        let how = if n % 4 == 3 { Signal::KILL } else { Signal::STOP };
+        signal(guardian, how)?;
+        let ended = run.end()?;
+        let seen = watch.end()?;
+        subject.in_time(seen).doing(format_args!("{how:?} as it stops, {:?}", ended.events))?;
+        if seen.longest > worst.longest {
+            worst = seen;
+        }
+        let cell = Cell { signal: how, victim: Victim::Guardian, hold: Hold::Stop };
+        subject.judge(cell, &out, &ended)?;
+        subject.assert_clean()?;
+        fs::remove_dir_all(&out)?;
+        ends.push(ended.status.code().unwrap_or(-1));
+    }
+    println!("         worst {worst:?} of {:?}; ended with {ends:?}", subject.pace.budget);
+    subject.guest.finish()
+}
+
+/// Where the tool keeps what is to be undone.
+const UNDO: &str = "/run/stillframe";
+
+/// Some of all that, on Debian's own kernel.
+fn kills_around_a_kvm_guest(lab: &Lab) -> Result<()> {
+    for signal in [Signal::KILL, Signal::STOP] {
+        for victim in [Victim::Capture, Victim::Guardian, Victim::Both] {
+            blows(lab, signal, victim, lab.scale(2, 10))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,366 @@
+//! What else happens to a run: its terminal, a second run, `recover` beside it; and what its
+//! processes could do if somebody had them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use lab::terminal::{self, Place, Terminal};
+use lab::{Doing, Lab, Result, failed, here, proc, runner};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::super::run::{Running, acquire, kill, names, new_dir, signal};
+use super::{Hold, Seen, Subject, Watch};
+
+pub(crate) const TESTS: &[runner::Test] = here![
+    a_closed_terminal_ends_nothing,
+    ctrl_z_stops_nothing,
+    ctrl_c_twice_lets_the_guest_go_first,
+    ctrl_s_holds_nothing_up,
+    one_acquirer_a_vm,
+    recover_leaves_a_run_alone,
+    recover_says_nothing_when_there_is_nothing,
+    recover_after_qemu,
+    nobody_has_more_rights_than_it_needs,
+];
+
+/// A run on a terminal, and whoever watches its guest.
+struct Typed {
+    terminal: Terminal,
+    run: Running,
+    watch: Watch,
+}
+
+impl Subject<'_> {
+    fn on_terminal(&self, out: &Path, hold: Hold, place: Place) -> Result<Typed> {
+        let terminal = Terminal::open()?;
+        let watch = Watch::start(self, hold)?;
+        let start = || Running::start_on(terminal.command(&self.freeze(out, hold)?, place)?);
+        Ok(Typed { run: self.begin(start)?, terminal, watch })
+    }
+
+    /// The one exhibit in `out` is complete and `verify` finds it so.
+    fn assert_whole(&self, out: &Path) -> Result<()> {
+        let [name] = &*names(out)? else {
+            return Err(failed(format_args!("not one exhibit but {:?}", names(out)?)));
+        };
+        self.lab.tool([Path::new("verify"), &out.join(name)])?.expect_code(0).map(drop)
+    }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn told(what: &str, hold: Hold, seen: Seen) {
+    let (held, late) = (millis(seen.longest), millis(seen.late));
+    println!("         {what}, {}: held {held:.0} ms, watcher late by {late:.0}", hold.word());
+}
+
+/// Each way of living on a terminal with each kind of hold.
+fn each(
+    lab: &Lab,
+    places: &[Place],
+    test: impl Fn(&mut Subject<'_>, &Path, Hold, Place) -> Result<Seen>,
+) -> Result<()> {
+    let mut subject = Subject::boot(lab)?;
+    for hold in Hold::BOTH {
+        for place in places {
+            let out = new_dir(lab, "out")?;
+            let what = format!("{place:?}, {}", hold.word());
+            let seen = test(&mut subject, &out, hold, *place).doing(&what)?;
+            told(&format!("{place:?}"), hold, seen);
+            assert_eq!(seen.holds, 1, "{what}");
+            subject.in_time(seen).doing(&what)?;
+            subject.assert_clean().doing(what)?;
+            fs::remove_dir_all(out)?;
+        }
+    }
+    subject.guest.finish()
+}
+
+fn a_closed_terminal_ends_nothing(lab: &Lab) -> Result<()> {
+    each(lab, &[Place::Leader, Place::Job], |subject, out, hold, place| {
+        let Typed { terminal, mut run, watch } = subject.on_terminal(out, hold, place)?;
+        run.until(|event| event["event"] == "held")?;
+        drop(terminal);
+        let ended = run.end()?;
+        assert_eq!(ended.done("exit"), 0, "{:?}", ended.events);
+        // The shell does not survive its terminal.
+        assert_eq!(ended.status.code(), (place == Place::Leader).then_some(0));
+        subject.assert_whole(out)?;
+        watch.end()
+    })
+}
+
+fn ctrl_z_stops_nothing(lab: &Lab) -> Result<()> {
+    // The control: it does stop a program that allows it.
+    let control = Terminal::open()?;
+    let mut sleeper = Command::new("sleep");
+    sleeper.arg("61.75");
+    let mut shell = control.command(&sleeper, Place::Job)?.stdout(Stdio::null()).spawn()?;
+    let sleeping = || {
+        proc::with_argument("61.75")
+            .into_iter()
+            .find(|p| proc::command_line(*p).starts_with("sleep"))
+    };
+    let pid = until(Duration::from_secs(5), sleeping)?;
+    control.press(terminal::SUSPEND)?;
+    let stopped = || proc::thread_states(pid).is_ok_and(|states| states == ['T']).then_some(());
+    // A shell whose job stops takes that for its end, and what it leaves is ended by the kernel.
+    let gone = || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(());
+    until(Duration::from_secs(5), || stopped().or_else(gone)).doing("Ctrl-Z did nothing")?;
+    drop(control);
+    shell.wait()?;
+    each(lab, &[Place::Job], |subject, out, hold, place| {
+        let Typed { terminal, mut run, watch } = subject.on_terminal(out, hold, place)?;
+        run.until(|event| event["event"] == "held")?;
+        terminal.press(terminal::SUSPEND)?;
+        run.end()?.expect(0)?;
+        subject.assert_whole(out)?;
+        watch.end()
+    })
+}
+
+/// Waits until `what` gives something.
+fn until<T>(patience: Duration, what: impl Fn() -> Option<T>) -> Result<T> {
+    let end = Instant::now() + patience;
+    while Instant::now() < end {
+        if let Some(found) = what() {
+            return Ok(found);
+        }
+        sleep(Duration::from_millis(2));
+    }
+    Err(failed(format_args!("nothing within {patience:?}")))
+}
+
+fn ctrl_c_twice_lets_the_guest_go_first(lab: &Lab) -> Result<()> {
+    each(lab, &[Place::Leader, Place::Job], |subject, out, hold, place| {
+        let Typed { terminal, mut run, watch } = subject.on_terminal(out, hold, place)?;
+        run.until(|event| event["event"] == "held")?;
+        let held = Instant::now();
+        sleep(Duration::from_millis(60));
+        terminal.press(terminal::INTERRUPT)?;
+        sleep(Duration::from_millis(40));
+        terminal.press(terminal::INTERRUPT)?;
+        run.until(|event| event["event"] == "released")?;
+        assert!(!watch.held_now(), "released after {:?}", held.elapsed());
+        let ended = run.end()?.expect(130)?;
+        assert!(ended.partial(subject.lab, "partial")?.contains("interrupted"));
+        let seen = watch.end()?;
+        // Not at the end of the pass, which takes more than three times as long.
+        assert!(seen.longest < Duration::from_millis(200) + seen.late, "{seen:?}");
+        Ok(seen)
+    })
+}
+
+/// Output is stopped before the hold, and in it.
+fn ctrl_s_holds_nothing_up(lab: &Lab) -> Result<()> {
+    for when in ["plan", "held"] {
+        each(lab, &[Place::Job], |subject, out, hold, place| {
+            let Typed { terminal, mut run, watch } = subject.on_terminal(out, hold, place)?;
+            if when == "held" {
+                run.until(|event| event["event"] == "held")?;
+            }
+            terminal.press(terminal::HALT)?;
+            // It is long over by then, and the last word not said: nobody could read it.
+            sleep(Duration::from_secs(3));
+            assert!(run.runs()? && !watch.held(), "Ctrl-S stopped no output, or the guest");
+            subject.assert_whole(out).doing("while output is stopped")?;
+            let shown = terminal.screen().len();
+            terminal.press(terminal::GO_ON)?;
+            run.end()?.expect(0)?;
+            assert!(terminal.screen().len() > shown, "{}", terminal.screen());
+            watch.end()
+        })
+        .doing(format_args!("Ctrl-S at `{when}`"))?;
+    }
+    Ok(())
+}
+
+fn one_acquirer_a_vm(lab: &Lab) -> Result<()> {
+    let mut subject = Subject::boot(lab)?;
+    let vm = subject.guest.pid().to_string();
+    let (slow, second) = (new_dir(lab, "slow")?, new_dir(lab, "second")?);
+    let begin = || -> Result<Running> {
+        let mut run = Running::start(acquire(lab, &vm, &slow, &["--max-rate", "100M"])?)?;
+        run.until_in_pass(1)?;
+        Ok(run)
+    };
+    let refused = |first: &Running| -> Result<()> {
+        for hold in Hold::BOTH {
+            let ended = Running::start(subject.freeze(&second, hold)?)?.end()?.expect(4)?;
+            ended.says(&["another acquisition", &format!("process {}", first.pid())])?;
+            assert_eq!(names(&second)?, [""; 0]);
+        }
+        Ok(())
+    };
+    let first = begin()?;
+    refused(&first)?;
+    first.end()?.expect(0)?.complete(lab)?;
+    let first = begin()?;
+    refused(&first)?;
+    first.signal(Signal::KILL)?;
+    first.end()?;
+    subject.await_gone()?;
+    for hold in Hold::BOTH {
+        subject.whole(hold)?;
+    }
+    subject.assert_clean()?;
+    subject.guest.finish()
+}
+
+/// As from cron, more often than cron would.
+fn recover_leaves_a_run_alone(lab: &Lab) -> Result<()> {
+    let mut subject = Subject::boot(lab)?;
+    for hold in Hold::BOTH {
+        let out = new_dir(lab, hold.word())?;
+        let mut run = subject.frozen(&out, hold)?;
+        let mut busy = 0;
+        while run.runs()? {
+            let said = lab.tool(["recover"])?.expect_code(0)?.stdout;
+            busy += u32::from(said.contains("at work"));
+        }
+        assert!(busy > 3, "recover saw the run {busy} times");
+        let manifest = run.end()?.expect(0)?.complete(lab)?;
+        assert_eq!(manifest["class"], "instantaneous");
+        subject.assert_clean()?;
+    }
+    subject.guest.finish()
+}
+
+fn recover_says_nothing_when_there_is_nothing(lab: &Lab) -> Result<()> {
+    for args in [&["recover"][..], &["recover", "--json"], &["recover", "no-such-vm"]] {
+        let done = lab.tool(args)?.expect_code(0)?;
+        assert_eq!((done.stdout, done.stderr), (String::new(), String::new()), "{args:?}");
+    }
+    Ok(())
+}
+
+fn recover_after_qemu(lab: &Lab) -> Result<()> {
+    for hold in Hold::BOTH {
+        let subject = Subject::boot(lab)?;
+        let out = new_dir(lab, hold.word())?;
+        let mut run = subject.frozen(&out, hold)?;
+        run.until(|event| event["event"] == "held")?;
+        let guardian = subject.process("@guardian").ok_or_else(|| failed("no guardian"))?;
+        let both = [guardian, run.pid()];
+        both.iter().try_for_each(|pid| signal(*pid, Signal::KILL))?;
+        run.end()?;
+        subject.await_dead(&both)?;
+        kill(&subject.guest)?;
+        subject.await_dead(&[subject.guest.pid()])?;
+        assert_eq!(subject.undo_files().len(), 1);
+        let said = subject.recover()?;
+        assert!(
+            said.contains(if hold == Hold::Stop { "is gone" } else { "let them go" }),
+            "{said}"
+        );
+        assert_eq!((subject.undo_files(), subject.recover()?), (vec![], String::new()));
+        // The lab's own sockets are as new.
+        fs::remove_file(&subject.monitor)?;
+        fs::remove_dir_all(out)?;
+    }
+    Ok(())
+}
+
+/// One line of `/proc/PID/task/TID/status`, without its name.
+fn line(status: &str, field: &str) -> String {
+    let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    value.unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// What `/proc/PID/task/*/status` says of every thread.
+fn statuses(pid: u32) -> Result<Vec<String>> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
+    tasks.map(|task| Ok(fs::read_to_string(task.path().join("status"))?)).collect()
+}
+
+/// What a process has open.
+fn open_files(pid: u32) -> Result<BTreeSet<String>> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+    Ok(fds
+        .filter_map(|fd| Some(fs::read_link(fd.path()).ok()?.to_string_lossy().into_owned()))
+        .collect())
+}
+
+/// CAP_SYS_PTRACE (linux/capability.h).
+const SYS_PTRACE: u64 = 1 << 19;
+
+fn nobody_has_more_rights_than_it_needs(lab: &Lab) -> Result<()> {
+    let mut subject = Subject::boot(lab)?;
+    // Enough to look at it while it works.
+    subject.guest.sh("dd if=/dev/urandom of=/tmp/noise bs=1M count=16 2> /dev/null")?;
+    let root = rustix::process::geteuid().is_root();
+    for hold in Hold::BOTH {
+        let out = new_dir(lab, hold.word())?;
+        let mut run = subject.frozen(&out, hold)?;
+        run.until(|event| event["event"] == "held")?;
+        let guardian = subject.process("@guardian").ok_or_else(|| failed("no guardian"))?;
+        let of_guardian = statuses(guardian)?;
+        let files = open_files(guardian)?;
+        for status in &of_guardian {
+            let said = ["NoNewPrivs", "Seccomp"].map(|field| line(status, field));
+            assert_eq!(said, ["1", "2"], "{status}");
+            for field in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+                let set = u64::from_str_radix(&line(status, field), 16)?;
+                assert_eq!(set & SYS_PTRACE, 0, "{field} of the guardian");
+            }
+        }
+        let memory = |file: &String| file.contains("memfd") || file.contains("memory.");
+        assert!(!files.iter().any(memory), "the guardian has {files:?}");
+
+        run.until(|event| event["event"] == "released")?;
+        let seal = until(Duration::from_secs(5), || subject.process("@seal"))?;
+        // Its threads: one that listens, one that says it lives, those that work, and itself.
+        let works = || {
+            let states = proc::thread_states(seal).ok()?;
+            (states.len() >= 4).then(|| signal(seal, Signal::STOP).ok()).flatten()
+        };
+        until(Duration::from_secs(5), works)?;
+        let of_seal = statuses(seal)?;
+        let files = open_files(seal)?;
+        signal(seal, Signal::CONT)?;
+        assert!(of_seal.len() >= 4, "{of_seal:?}");
+        for status in &of_seal {
+            let said =
+                ["NoNewPrivs", "Seccomp", "CapEff", "CapPrm", "CapAmb"].map(|f| line(status, f));
+            assert_eq!(said, ["1", "2", NONE, NONE, NONE], "{status}");
+            if root {
+                let ids = ["Uid", "Gid", "Groups"].map(|f| line(status, f));
+                let nobody = ["65534"; 4].join(" ");
+                assert_eq!(ids, [nobody.clone(), nobody, String::new()], "{status}");
+            }
+        }
+        let expected = |file: &String| {
+            ["socket:", "pipe:", "/memfd:stillframe"].iter().any(|start| file.starts_with(start))
+                || file == "/dev/null"
+                || (file.starts_with(&*out.to_string_lossy()) && file.ends_with("/memory.elf"))
+        };
+        assert!(files.iter().all(expected), "seal has {files:?}");
+        let manifest = run.end()?.expect(0)?.complete(lab)?;
+        let record = |role: &str| -> Value {
+            let all = manifest["processes"].as_array().cloned().unwrap_or_default();
+            all.into_iter().find(|one| one["role"] == role).unwrap_or_default()
+        };
+        let whom = [("guardian", guardian, &of_guardian[0]), ("seal", seal, &of_seal[0])];
+        for (role, pid, status) in whom {
+            let record = record(role);
+            let uid = line(status, "Uid").split(' ').next().unwrap_or_default().parse::<u64>()?;
+            let capabilities = format!("{:#x}", u64::from_str_radix(&line(status, "CapEff"), 16)?);
+            let said = (record["pid"].as_u64(), record["uid"].as_u64(), &record["no_new_privs"]);
+            assert_eq!(said, (Some(u64::from(pid)), Some(uid), &Value::from(true)), "{record}");
+            assert_eq!(record["capabilities"], capabilities, "{record}");
+            assert!(record["seccomp"].as_str().is_some_and(|s| s.ends_with("-list")), "{record}");
+        }
+        subject.assert_clean()?;
+    }
+    subject.guest.finish()
+}
+
+/// No capability.
+const NONE: &str = "0000000000000000";
