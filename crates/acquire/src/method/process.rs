@@ -414,7 +414,8 @@ fn audit(
     until: Instant,
 ) -> (Audit, Span) {
     let t0_ns = work.now();
-    let picked = picks.pages(cells, AUDIT_PAGES);
+    let wanted = if Instant::now() < until { AUDIT_PAGES } else { 0 };
+    let picked = picks.pages(cells, wanted);
     let share = picked.len().div_ceil(scratches.len().max(1)).max(1);
     let differing = Mutex::new(Vec::new());
     let read = |pages: &[GuestRange], scratch: &mut Scratch| -> u64 {
