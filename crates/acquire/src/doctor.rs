@@ -167,7 +167,7 @@ fn left_behind() -> Check {
             return Check::bad("left behind", Verdict::Limited, text, "run as root");
         }
     };
-    let dead = |path: &&std::path::PathBuf| undo::Undo::open(path, false).is_ok();
+    let dead = |path: &&std::path::PathBuf| !undo::Undo::peek(path).has_owner();
     match left.iter().filter(dead).count() {
         0 => Check::good("left behind", "nothing by runs that were killed"),
         count => Check::bad(

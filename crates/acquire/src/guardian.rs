@@ -115,14 +115,18 @@ pub struct Undone {
     pub held: String,
     /// What was found and done, for people.
     pub text: String,
-    /// The guest runs, or was not left stopped by us.
-    pub as_found: bool,
+}
+
+/// Whether a VM in this run state runs again by `cont` and by nothing else: one that is reset while
+/// it is stopped waits in `prelaunch`.
+fn is_stopped(run_state: &str) -> bool {
+    matches!(run_state, "paused" | "prelaunch")
 }
 
 /// Undoes what is announced in `undo` and not taken back; `None` when there is nothing.
 ///
-/// Only a VM that a `stop` of ours stopped is told to go on: one that runs, or is in another state
-/// than `paused`, is left as it is.
+/// Only a VM that a `stop` of ours stopped is told to go on: one that runs, or ended, is left as it
+/// is.
 ///
 /// # Errors
 /// QEMU could not be asked; what is announced stays announced.
@@ -142,12 +146,10 @@ pub fn undo(
         Line::Ptrace { .. } => Undone {
             held: "ptrace".to_owned(),
             text: "its threads were held by ptrace; the kernel has let them go".to_owned(),
-            as_found: true,
         },
         _ if target.open().is_none() => Undone {
             held: "stop".to_owned(),
             text: "the VM had been stopped, and is gone".to_owned(),
-            as_found: true,
         },
         _ => {
             let (accelerator, confidential) = (String::new(), None);
@@ -157,16 +159,18 @@ pub fn undo(
                 None => monitor.insert(Monitor::open(&whom, notes)?),
             };
             let found = monitor.run_state()?;
-            let text = if found == "paused" {
+            let text = if is_stopped(&found) {
                 monitor.change(Change::Cont, CONT)?;
-                format!(
-                    "the VM had been stopped; it was told to go on and is {:?}",
-                    monitor.run_state()?
-                )
+                let now = monitor.run_state()?;
+                if is_stopped(&now) {
+                    let text = format!("the VM was told to go on, and is still {now:?}");
+                    return Err(AskError::Query(text));
+                }
+                format!("the VM had been stopped; it was told to go on and is {now:?}")
             } else {
                 format!("the VM had been stopped, and is {found:?} already")
             };
-            Undone { held: "stop".to_owned(), text, as_found: true }
+            Undone { held: "stop".to_owned(), text }
         }
     };
     notes.add("undone", json!({ "held": undone.held, "text": undone.text }));
@@ -217,9 +221,14 @@ impl Keeper {
         };
         let fd = channel.receive_fds(1, PROMPT).map_err(|e| e.to_string())?.pop();
         let mut undo_file = Undo::of(fd.ok_or("no undo file")?, path);
-        let capture = who.open().ok_or("the process that reads is gone")?;
+        let capture = who.open();
         let in_force = host::sandbox::guardian().map_err(|e| e.to_string())?;
         let mut monitor = None;
+        let Some(capture) = capture else {
+            // It ended while we began, and perhaps because the one before us was lost.
+            finish(&mut undo_file, &mut monitor, &notes, true);
+            return Err("the process that reads is gone".to_owned());
+        };
         let until = Instant::now() + CONT;
         let undone = loop {
             match undo(&mut undo_file, &mut monitor, &notes) {
@@ -252,7 +261,8 @@ impl Keeper {
             held: None,
             expired: false,
         };
-        keeper.answer(reply).map_err(|e| e.to_string())?;
+        // Whether it is heard or not: what is not undone is undone in the end.
+        let _ = keeper.answer(reply);
         Ok(keeper)
     }
 
@@ -276,12 +286,14 @@ impl Keeper {
                 [_, true] => break,
                 _ => continue,
             }
-            let Ok(ask) = role::hear::<Ask>(&mut self.channel, PROMPT) else { break };
+            // Half a message must not keep us from the deadline.
+            let within = self.held.map_or(PROMPT, |held| until(held.until_ns).min(PROMPT));
+            let Ok(ask) = role::hear::<Ask>(&mut self.channel, within) else { break };
             let reply = match ask {
                 Ask::Bye => {
-                    let clean = self.finish();
+                    finish(&mut self.undo, &mut self.monitor, &self.notes, true);
                     let _ = self.answer(Ok(Reply::Done));
-                    return clean;
+                    return ExitCode::SUCCESS;
                 }
                 other => self.act(other),
             };
@@ -289,7 +301,10 @@ impl Keeper {
                 break;
             }
         }
-        self.finish()
+        // While capture lives the file is its claim to the VM.
+        let gone = !self.capture.alive();
+        finish(&mut self.undo, &mut self.monitor, &self.notes, gone);
+        ExitCode::SUCCESS
     }
 
     fn act(&mut self, ask: Ask) -> Result<Reply, AskError> {
@@ -338,7 +353,7 @@ impl Keeper {
         self.expired = false;
         let found = self.monitor()?.run_state()?;
         // Whatever QEMU told of runs and stops before this is not about this hold.
-        self.monitor()?.heard("RESUME");
+        self.monitor()?.heard(&ENDS_A_HOLD);
         if found != "running" {
             let now = monotonic_ns();
             self.held = Some(Held { by_qemu: true, asked: false, until_ns });
@@ -375,15 +390,15 @@ impl Keeper {
         };
         let found = self.monitor()?.run_state()?;
         let stood = found == "paused" || !held.asked;
-        let lasted =
-            stood && found != "running" && !self.expired && !self.monitor()?.heard("RESUME");
+        let ended = self.monitor()?.heard(&ENDS_A_HOLD);
+        let lasted = stood && found != "running" && !self.expired && !ended;
         let released_ns = monotonic_ns();
-        if held.asked && found == "paused" {
+        if held.asked && is_stopped(&found) {
             self.monitor()?.change(Change::Cont, CONT)?;
         }
         let run_state = self.monitor()?.run_state()?;
         let ended_ns = monotonic_ns();
-        let as_found = !held.asked || run_state != "paused";
+        let as_found = !held.asked || !is_stopped(&run_state);
         if as_found {
             self.held = None;
             self.announce(&Line::Free)?;
@@ -400,6 +415,8 @@ impl Keeper {
             let went_on = self.cont();
             if let Err(error) = went_on {
                 self.notes.add("hold-expired", json!({ "error": error.to_string() }));
+                // A connection that failed once is of no use any more.
+                self.monitor = None;
                 // Tried again until QEMU takes it.
                 self.held = Some(Held { until_ns: monotonic_ns() + 100_000_000, ..held });
             }
@@ -409,29 +426,25 @@ impl Keeper {
         self.held = None;
         let _ = host::process::end_by_force(&self.capture);
     }
+}
 
-    /// Undoes what is still to be undone; takes the file away when nothing is.
-    fn finish(&mut self) -> ExitCode {
-        // Of ptrace there is nothing to undo once capture is gone.
-        let until = Instant::now() + LOOK;
-        loop {
-            match undo(&mut self.undo, &mut self.monitor, &self.notes) {
-                Ok(_) => {
-                    self.undo.remove();
-                    return ExitCode::SUCCESS;
-                }
-                Err(_) if Instant::now() < until => {
-                    self.monitor = None;
-                    std::thread::sleep(Duration::from_millis(50));
-                }
-                Err(error) => {
-                    eprintln!("stillframe: guardian: {error}");
-                    return ExitCode::FAILURE;
-                }
-            }
-        }
+/// Undoes what is still to be undone, however long QEMU takes; then takes the file away, unless
+/// somebody still needs it.
+fn finish(undo_file: &mut Undo, monitor: &mut Option<Monitor>, notes: &Notes, remove: bool) {
+    let mut pause = Duration::from_millis(20);
+    // Of ptrace there is nothing to undo once capture is gone; a VM that is gone is none.
+    while undo(undo_file, monitor, notes).is_err() {
+        *monitor = None;
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+    if remove {
+        undo_file.remove();
     }
 }
+
+/// Events after which a guest that was stopped is not what it was.
+const ENDS_A_HOLD: [&str; 4] = ["RESUME", "RESET", "SHUTDOWN", "WAKEUP"];
 
 /// How long it is until `until_ns` of CLOCK_MONOTONIC.
 fn until(until_ns: u64) -> Duration {
@@ -457,6 +470,10 @@ pub struct Guardian {
     pub not_as_found: Option<String>,
     /// It has been told to go.
     parted: bool,
+    /// It could not be replaced: another one may still be trying.
+    alone: bool,
+    /// Lines that came while the guest was held: nothing is written then.
+    later: Vec<Note>,
 }
 
 impl Drop for Guardian {
@@ -498,13 +515,21 @@ impl Guardian {
             Failure::Refused(plan::Refusal { reason, rejected: Vec::new(), remedies })
         };
         let who = Who::of(&target.process);
-        let undo = Undo::take(who).map_err(|error| match error {
+        let mut undo = Undo::take(who).map_err(|error| match error {
             UndoError::Taken { .. } => refuse(
                 error.to_string(),
                 "wait for it, or end it; `stillframe recover` ends one whose hold is overdue",
             ),
-            UndoError::File { .. } => refuse(told(&error), "run as root, or set XDG_RUNTIME_DIR"),
+            UndoError::File { .. } => refuse(told(&error), "run as root"),
         })?;
+        let left = undo.left().map(|left| left.held);
+        if matches!(left, Ok(Some(Line::Stop { .. }))) {
+            // Whoever looks decides: by now the VM may be stopped by somebody else.
+            return Err(refuse(
+                "an acquisition that was killed may have left this VM stopped".to_owned(),
+                "stillframe recover",
+            ));
+        }
         let capture = Who::me().ok_or_else(|| {
             let pid = std::process::id();
             Failure::Host(host::HostError::Exited { pid })
@@ -531,6 +556,8 @@ impl Guardian {
             lost: 0,
             not_as_found: None,
             parted: false,
+            alone: false,
+            later: Vec::new(),
         })
     }
 
@@ -626,11 +653,18 @@ impl Guardian {
 
     /// Asks, and writes what was done for the answer into the journal.
     fn ask(&mut self, ask: &Ask, within: Duration) -> Result<Reply, GuardianError> {
+        if self.alone {
+            let lost = ChannelError::Closed;
+            return Err(GuardianError::Alone { lost, error: "given up before".to_owned() });
+        }
         let answer: Result<Answer, ChannelError> =
             self.peer.say(ask, within.min(PROMPT)).and_then(|()| self.peer.hear(within));
         match answer {
             Ok(Answer { notes, reply }) => {
-                self.log.add_notes(notes);
+                self.later.extend(notes);
+                if !matches!(reply, Ok(Reply::Stopped(_))) {
+                    self.log.add_notes(std::mem::take(&mut self.later));
+                }
                 Ok(reply?)
             }
             Err(lost) => Err(self.replace(lost)),
@@ -644,6 +678,7 @@ impl Guardian {
     /// The guardian does not answer: it is killed, and another one undoes what it left.
     fn replace(&mut self, lost: ChannelError) -> GuardianError {
         self.peer.kill();
+        self.log.add_notes(std::mem::take(&mut self.later));
         self.lost += 1;
         let began = begin(&self.whom, self.target, self.capture, &self.undo, &self.log);
         match began {
@@ -663,6 +698,7 @@ impl Guardian {
     }
 
     fn alone(&mut self, lost: ChannelError, error: String) -> GuardianError {
+        self.alone = true;
         let held = self.undo.left().ok().and_then(|left| left.held);
         if matches!(held, Some(Line::Stop { .. })) {
             self.not_as_found = Some(format!("the VM may still be stopped: {error}"));
@@ -707,6 +743,10 @@ fn begin(whom: &Whom, target: Who, capture: Who, undo: &Undo, log: &Log) -> Resu
     match reply {
         Ok(Reply::Begun { rights, undone }) => Ok((peer, rights, undone)),
         Ok(other) => Err(Begin::Start(format!("it said {other:?}"))),
-        Err(error) => Err(Begin::Ask(error)),
+        Err(error) => {
+            // It goes on trying by itself until QEMU answers.
+            peer.let_go();
+            Err(Begin::Ask(error))
+        }
     }
 }

@@ -236,6 +236,8 @@ struct Run {
     warnings: Vec<String>,
     /// The hold and what was done in it.
     frozen: Option<Held>,
+    /// What was done to the guest beside that hold.
+    attempts: Vec<manifest::Change>,
     /// What is known of the guardian, once it is gone.
     parting: Parting,
     /// The rights of the processes that sealed.
@@ -268,6 +270,7 @@ impl Run {
             readers: Vec::new(),
             warnings: Vec::new(),
             frozen: None,
+            attempts: Vec::new(),
             parting: Parting::default(),
             sealers: Vec::new(),
         }
@@ -346,11 +349,12 @@ impl Run {
         let process = &looked.target.process;
         let (cells, passes) = (&mut self.cells, &mut self.passes);
         let frozen = process::freeze(work, process, planned, guardian, cells, passes);
+        self.attempts = attempts(planned, &frozen, process::stalls_in_vain(&frozen));
         if let Err(NotHeld::Ptrace(error @ HoldError::NotFreed { .. })) = &frozen {
             guardian.not_as_found.get_or_insert(error.to_string());
         }
         let frozen = frozen.map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
-        let Frozen { hold, audit, end, doubts } = frozen;
+        let Frozen { hold, audit, end, doubts, .. } = frozen;
         work.log.add("hold", &hold);
         if let Some((audit, span)) = &audit {
             work.log.add("audit", json!({ "audit": audit, "span": span }));
@@ -362,6 +366,10 @@ impl Run {
             (true, false) => None,
         };
         self.warnings.extend(doubts);
+        if audit.as_ref().is_some_and(|(audit, _)| audit.pages == 0) {
+            let text = "no page was read again in the hold: the stall budget was used up";
+            self.warnings.push(text.to_owned());
+        }
         self.disturbances.extend(void.clone());
         self.frozen = Some(Held { hold, audit, void });
         end
@@ -371,7 +379,9 @@ impl Run {
     fn class(&self, plan: &Plan) -> Class {
         let held = self.frozen.as_ref().is_some_and(|held| held.void.is_none());
         let whole = self.end.is_none() && self.not_reached.is_empty();
-        if held && whole { plan.class } else { Class::None }
+        // A machine that did not stay itself between the looks has no map for the instant.
+        let same = self.map_difference.is_none() && self.disturbances.is_empty();
+        if held && whole && same { plan.class } else { Class::None }
     }
 
     /// Blocks that no pass reached are losses, not blocks of the image.
@@ -435,6 +445,11 @@ impl Run {
         }
         for undone in &parting.undone {
             self.warnings.push(format!("undone: {}", undone.text));
+        }
+        if parting.lost > 0 && self.frozen.is_none() {
+            // Of an image of one instant it is known; of a smeared one it is not.
+            let text = "QEMU's events may have been missed: the guardian was lost".to_owned();
+            self.disturbances.push(text);
         }
         self.parting = parting;
     }
@@ -521,7 +536,12 @@ impl Run {
                 self.end.get_or_insert(Ending::Failed(told(&error)));
             }
         }
-        sealer.collect(&mut self.cells)?;
+        let broken = sealer.collect(&mut self.cells);
+        if broken > 0 {
+            self.end.get_or_insert(Ending::Failed(format!(
+                "the process that seals told of {broken} blocks as it may not"
+            )));
+        }
         self.drop_unsealed(guarded);
         let other_bytes_sha256 = seal::pieces(&guarded.layout, &guarded.file)?;
         seal::finish(&guarded.file, guarded.layout.len)?;
@@ -658,6 +678,7 @@ impl Run {
             class,
             hold: self.frozen.as_ref().map(|held| held.hold.clone()),
             audit: self.frozen.as_ref().and_then(|held| held.audit.clone()),
+            attempts: self.attempts,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
             processes: processes(&self.parting, &self.sealers),
             workers: cpus(),
@@ -678,6 +699,34 @@ impl Run {
         };
         Ok(Done { ending, exhibit: Some(exhibit) })
     }
+}
+
+/// What holds that were tried in vain did to the guest.
+fn attempts(
+    planned: &plan::PlannedHold,
+    frozen: &Result<Frozen, NotHeld>,
+    stalls_ns: Vec<u64>,
+) -> Vec<manifest::Change> {
+    let mut changes = Vec::new();
+    if let Some(longest) = stalls_ns.iter().max() {
+        changes.push(manifest::Change {
+            what: format!(
+                "{} times QEMU's threads were stopped by ptrace and let go again at once, for {} ms at \
+                 most: not all of them stopped in time",
+                stalls_ns.len(),
+                longest.div_ceil(1_000_000)
+            ),
+            why: "the image is to show one instant".to_owned(),
+        });
+    }
+    if planned.kind == manifest::HoldKind::Stop && frozen.is_err() {
+        changes.push(manifest::Change {
+            what: "QEMU was perhaps told `stop`, and then `cont`: the journal has what was sent"
+                .to_owned(),
+            why: "the image was to show one instant".to_owned(),
+        });
+    }
+    changes
 }
 
 /// The rights of every process that took part.

@@ -8,7 +8,9 @@ use crate::monitor::{Asked, AskedAgain, Monitor, Notes, VmFacts};
 use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal};
 use crate::{Failure, Request, draft, speed};
 use evidence::format::{self, Arch, Format};
+use evidence::map::Mapping;
 use evidence::{GuestRange, MemoryMap};
+use host::guest_memory::{Held, Usage};
 use host::{GuestMemory, RamStore};
 use serde_json::json;
 use std::path::Path;
@@ -168,7 +170,7 @@ fn facts(
         confidential: None,
         migration: qemu.migration,
         watchdogs: qemu.watchdogs,
-        hold: hold_facts(target, memory, resident),
+        hold: hold_facts(target, memory, resident, &usage),
         max_rate: request.max_rate,
         image_bytes: located.map.imaged_len(),
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
@@ -183,7 +185,27 @@ fn facts(
 }
 
 /// Whether the VM's threads may be held, and how fast its memory is read.
-fn hold_facts(target: &Target, memory: &GuestMemory, resident: &[GuestRange]) -> HoldFacts {
+fn hold_facts(
+    target: &Target,
+    memory: &GuestMemory,
+    resident: &[GuestRange],
+    usage: &[Usage],
+) -> HoldFacts {
+    // Of shared memory it cannot be told which pages are in swap: such a place is not sampled.
+    let swapped =
+        |place: &(&Held, &Usage)| place.0.mapping() == Mapping::Shared && place.1.swapped > 0;
+    let left_out: Vec<GuestRange> = memory
+        .places()
+        .iter()
+        .zip(usage)
+        .filter(swapped)
+        .map(|(held, _)| held.place().range)
+        .collect();
+    let sampled: Vec<GuestRange> = resident
+        .iter()
+        .filter(|block| !left_out.iter().any(|place| place.covers(**block)))
+        .copied()
+        .collect();
     let tracer = target.process.tracer().ok().flatten();
     let threads = target.process.threads().map_or(0, |threads| threads.len());
     let (vhost_in_kernel, writers) = writers(target);
@@ -192,7 +214,8 @@ fn hold_facts(target: &Target, memory: &GuestMemory, resident: &[GuestRange]) ->
         vhost_in_kernel,
         writers,
         threads: u32::try_from(threads).unwrap_or(u32::MAX),
-        speed: speed::measure(memory, resident, crate::cpus()),
+        lock_limit_bytes: host::privilege::lock_limit(),
+        speed: speed::measure(memory, &sampled, crate::cpus()),
     }
 }
 

@@ -228,11 +228,12 @@ impl Monitor {
         self.qmp.change(change, within).map_err(|error| AskError::Query(told(&error)))
     }
 
-    /// Whether QEMU told of event `name` since the last call of this or of [`Monitor::again`].
-    pub fn heard(&mut self, name: &str) -> bool {
+    /// Whether QEMU told of one of these events since the last call of this or of
+    /// [`Monitor::again`].
+    pub fn heard(&mut self, names: &[&str]) -> bool {
         let from = self.events.len();
         self.take_events();
-        self.events.iter().skip(from).any(|(event, _)| event == name)
+        self.events.iter().skip(from).any(|(event, _)| names.contains(&event.as_str()))
     }
 
     fn take_events(&mut self) {

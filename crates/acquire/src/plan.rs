@@ -117,6 +117,8 @@ pub struct HoldFacts {
     pub threads: u32,
     /// How fast memory is read; absent when no block was wholly in memory.
     pub speed: Option<Speed>,
+    /// Bytes of memory that we may lock, where that is limited (RLIMIT_MEMLOCK).
+    pub lock_limit_bytes: Option<u64>,
     /// vhost threads of the kernel that ptrace does not reach (before Linux 6.4); QEMU's `stop`
     /// stops them.
     pub vhost_in_kernel: bool,
@@ -397,6 +399,16 @@ fn freeze(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedHold, Refusa
             facts.reserve_bytes, facts.ram_limit_bytes, facts.ram_limit_by
         );
         return Err(Refusal::new(reason, &["--max-ram N where it is --max-ram that limits"]));
+    }
+    if let Some(limit) = facts.hold.lock_limit_bytes.filter(|limit| *limit < facts.reserve_bytes) {
+        let reason = format!(
+            "freeze locks its store of {} bytes in memory, and only {limit} may be locked",
+            facts.reserve_bytes
+        );
+        return Err(Refusal::new(
+            reason,
+            &["run as root, with CAP_IPC_LOCK, or raise `ulimit -l`"],
+        ));
     }
     let Some(reading) = reading(facts) else {
         let reason = "how fast the guest's memory is read could not be measured: no block of it is \
@@ -789,6 +801,11 @@ mod tests {
             choose(&traced, &by_name(within(900))).unwrap().hold.unwrap().kind,
             HoldKind::Stop
         );
+        let unlocked = HoldFacts { lock_limit_bytes: Some(8 << 20), ..facts().hold };
+        let unlocked = Facts { hold: unlocked, ..facts() };
+        refused(&unlocked, &by_name(within(900)), "may be locked");
+        let any = Wish { consistency: Consistency::Any, ..within(900) };
+        assert_eq!(choose(&unlocked, &any).unwrap().method, Method::Live);
         let vhost = HoldFacts { vhost_in_kernel: true, ..facts().hold };
         let vhost = Facts { hold: vhost, ..facts() };
         let plan = choose(&vhost, &by_name(within(900))).unwrap();

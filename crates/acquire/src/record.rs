@@ -89,6 +89,8 @@ pub struct Story<'a> {
     pub hold: Option<manifest::Hold>,
     /// The audit read in it, and when.
     pub audit: Option<(manifest::Audit, Span)>,
+    /// What was done to the guest beside the hold.
+    pub attempts: Vec<Change>,
     /// What may weaken the claim of one instant.
     pub hold_caveats: Vec<String>,
     /// The rights of every process that took part.
@@ -178,8 +180,9 @@ impl Story<'_> {
         let hold = self.hold.as_ref().filter(|_| self.class != manifest::Class::None)?;
         let half = hold.released_ns.saturating_sub(hold.held_ns).div_ceil(2);
         let mono_ns = hold.held_ns + (hold.released_ns.saturating_sub(hold.held_ns)) / 2;
-        let clock_error =
-            host::clock::sync().map_or(0, |sync| sync.max_error_us.saturating_mul(1000));
+        // Without an answer, the most that the kernel ever says: 16 s.
+        let clock_error = host::clock::sync()
+            .map_or(16_000_000_000, |sync| sync.max_error_us.saturating_mul(1000));
         Some(manifest::Tau {
             mono_ns,
             utc: host::clock::later(&self.began, mono_ns.saturating_sub(self.origin_ns()))?,
@@ -345,6 +348,7 @@ impl Story<'_> {
         if let Some(hold) = &self.hold {
             changes.push(hold_change(hold));
         }
+        changes.extend(self.attempts.iter().cloned());
         if let (Some(before), Some(after)) = (self.before.swapped, self.after.swapped)
             && after < before
         {
@@ -367,6 +371,14 @@ impl Story<'_> {
             );
         }
         caveats.extend(self.hold_caveats.iter().cloned());
+        if self.hold.as_ref().is_some_and(|hold| hold.kind == manifest::HoldKind::Ptrace) {
+            caveats.push(
+                "what a disk or a device had under way by direct access when the guest was held may \
+                 have come into its memory during the hold; the guest had not been told that it was \
+                 there"
+                    .to_owned(),
+            );
+        }
         if self.hold.is_some() && self.class == manifest::Class::None {
             caveats.push("the guest was held, but the image does not show one instant".to_owned());
         }
@@ -385,7 +397,7 @@ impl Story<'_> {
 
 /// What a hold changed.
 fn hold_change(hold: &manifest::Hold) -> Change {
-    let ms = hold.stall_ns() / 1_000_000;
+    let ms = hold.stall_ns().div_ceil(1_000_000);
     let what = match hold.kind {
         manifest::HoldKind::Ptrace => format!(
             "QEMU's threads were stopped by ptrace for {ms} ms at most and let go again; the guest's \

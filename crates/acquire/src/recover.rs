@@ -5,10 +5,11 @@
 
 use crate::guardian::{self, Undone};
 use crate::monitor::Notes;
-use crate::undo::{Left, Line, Undo, UndoError, Who};
+use crate::undo::{Left, Line, Undo, UndoError};
 use host::clock::monotonic_ns;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -36,37 +37,38 @@ pub struct Recovered {
     pub busy: bool,
 }
 
-/// Puts right what is left of runs on the VM that `wanted` means (its name or PID), or on all.
+/// Puts right what is left of runs on the VM that `wanted` means (its name or PID), or on all. A VM
+/// that a run left stopped long ago is told to go on only with `force`.
 ///
 /// # Errors
 /// The directory of the files cannot be used.
-pub fn recover(wanted: Option<&str>) -> Result<Vec<Recovered>, UndoError> {
-    let mut all = Vec::new();
-    for path in Undo::all()? {
-        let found = one(&path);
-        let fits = |wanted: &str| {
-            found.name.as_deref() == Some(wanted)
-                || found.pid.is_some_and(|pid| pid.to_string() == wanted)
-        };
-        // Looking does no harm to the others, and what is put right is right.
-        if wanted.is_none_or(fits) {
-            all.push(found);
+pub fn recover(wanted: Option<&str>, force: bool) -> Result<Vec<Recovered>, UndoError> {
+    let is_meant = |path: &PathBuf| {
+        let Some(wanted) = wanted else { return true };
+        match Undo::peek(path).begin {
+            Some(Line::Begin { name, target, .. }) => {
+                name == wanted || target.pid.to_string() == wanted
+            }
+            _ => false,
         }
-    }
-    Ok(all)
+    };
+    let paths = Undo::all()?.into_iter().filter(is_meant);
+    Ok(paths.filter_map(|path| one(&path, force)).collect())
 }
 
-fn one(path: &Path) -> Recovered {
+/// `None`: its run has ended meanwhile, and left nothing.
+fn one(path: &Path, force: bool) -> Option<Recovered> {
     match Undo::open(path, false) {
-        Ok(undo) => put_right(undo),
-        Err(UndoError::Taken { .. }) => taken(path),
-        Err(error) => told(path, None, crate::told(&error), false, false),
+        Ok(undo) => Some(put_right(undo, force)),
+        Err(UndoError::Taken { .. }) => Some(taken(path, force)),
+        Err(UndoError::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => Some(told(path, None, crate::told(&error), false, false)),
     }
 }
 
 /// The file is locked: somebody works there, or hangs there.
-fn taken(path: &Path) -> Recovered {
-    let left = peek(path);
+fn taken(path: &Path, force: bool) -> Recovered {
+    let left = Undo::peek(path);
     let Some(until_ns) = left.held.as_ref().and_then(deadline) else {
         return told(path, left.begin.as_ref(), "an acquisition is at work".to_owned(), true, true);
     };
@@ -75,12 +77,15 @@ fn taken(path: &Path) -> Recovered {
         let text = "an acquisition is at work and holds the guest".to_owned();
         return told(path, left.begin.as_ref(), text, true, true);
     }
-    let ended = end_holders(&left);
+    let Some(ended) = end_holders(path, &left) else {
+        let text = "its guardian is at it: QEMU does not let the guest go on yet".to_owned();
+        return told(path, left.begin.as_ref(), text, false, true);
+    };
     let until = Instant::now() + RELEASE;
     loop {
         match Undo::open(path, false) {
             Ok(undo) => {
-                let mut done = put_right(undo);
+                let mut done = put_right(undo, force);
                 done.text = format!("{ended}; {}", done.text);
                 return done;
             }
@@ -95,14 +100,6 @@ fn taken(path: &Path) -> Recovered {
     }
 }
 
-/// What a locked file says. It is read only.
-fn peek(path: &Path) -> Left {
-    std::fs::File::open(path)
-        .map(|file| Undo::of(file.into(), PathBuf::from(path)))
-        .and_then(|mut undo| undo.left())
-        .unwrap_or_default()
-}
-
 fn deadline(held: &Line) -> Option<u64> {
     match held {
         Line::Ptrace { until_ns } | Line::Stop { until_ns } => Some(*until_ns),
@@ -111,30 +108,47 @@ fn deadline(held: &Line) -> Option<u64> {
 }
 
 /// Ends the processes of a run that hangs: whatever they hold by ptrace the kernel lets go then.
-fn end_holders(left: &Left) -> String {
+/// `None`: nothing was ended, for a guardian that runs still tries, and nobody could do more.
+fn end_holders(path: &Path, left: &Left) -> Option<String> {
     let Some(Line::Begin { capture, guardian, .. }) = &left.begin else {
-        return "it does not say whose it is".to_owned();
+        return Some("it does not say whose it is".to_owned());
     };
-    let end = |who: &Who| {
-        if let Some(process) = who.open() {
-            // Gone meanwhile is as well.
-            let _ = host::process::end_by_force(&process);
-        }
+    let (first, second) = (guardian.open(), capture.open());
+    let runs = |process: &Option<host::Process>| {
+        process.as_ref().is_some_and(|process| !process.is_stopped())
     };
-    end(guardian);
-    end(capture);
-    format!(
+    // By now the hold may be over: looked at again once the processes cannot be mistaken.
+    if runs(&first) || Undo::peek(path).held != left.held {
+        return None;
+    }
+    for process in [first, second].into_iter().flatten() {
+        // Gone meanwhile is as well.
+        let _ = host::process::end_by_force(&process);
+    }
+    Some(format!(
         "its processes {} and {} held the guest too long and were ended",
         capture.pid, guardian.pid
-    )
+    ))
 }
 
-fn put_right(mut undo: Undo) -> Recovered {
+/// After so long a VM that is stopped may be stopped by somebody else.
+const OLD: Duration = Duration::from_secs(600);
+
+fn put_right(mut undo: Undo, force: bool) -> Recovered {
     let path = undo.path().to_owned();
     let left = match undo.left() {
         Ok(left) => left,
         Err(error) => return told(&path, None, error.to_string(), false, false),
     };
+    let age = undo.age().unwrap_or_default();
+    if matches!(left.held, Some(Line::Stop { .. })) && age > OLD && !force {
+        let text = format!(
+            "a run that died {} min ago may have left the VM stopped; whether it is still so by that run \
+             cannot be told: look at it, then --force",
+            age.as_secs() / 60
+        );
+        return told(&path, left.begin.as_ref(), text, false, false);
+    }
     match guardian::undo(&mut undo, &mut None, &Notes::default()) {
         Ok(undone) => {
             undo.remove();

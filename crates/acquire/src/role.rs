@@ -78,6 +78,8 @@ pub struct Peer {
     channel: Channel,
     /// It answered out of turn or not at all: nothing more is asked.
     lost: bool,
+    /// It is not ours to end any more.
+    let_go: bool,
 }
 
 impl Peer {
@@ -91,7 +93,7 @@ impl Peer {
         command.arg0("stillframe").arg(role.argument()).env_clear().current_dir("/");
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let child = command.spawn()?;
-        Ok(Self { child, channel, lost: false })
+        Ok(Self { child, channel, lost: false, let_go: false })
     }
 
     /// Its process id.
@@ -130,6 +132,11 @@ impl Peer {
         result
     }
 
+    /// Leaves it to itself: it hears of our end and acts by its own lights.
+    pub fn let_go(&mut self) {
+        self.let_go = true;
+    }
+
     /// Ends it at once.
     pub fn kill(&mut self) {
         // It may have ended by itself, which is as well.
@@ -153,7 +160,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
+        if !self.let_go && matches!(self.child.try_wait(), Ok(None)) {
             self.kill();
         }
     }

@@ -100,13 +100,12 @@ impl Table {
         Ok(kept)
     }
 
-    /// Gives `cells` their states back, and what seal found: a digest, and pages that are zero.
-    ///
-    /// # Errors
-    /// The file system's; an entry that seal had no right to change so.
-    pub fn collect(&self, cells: &mut [Cell], kept: &[Box<[Run]>]) -> io::Result<()> {
+    /// Gives `cells` their states back, and what seal found: a digest, and pages that are zero. A
+    /// block whose entry cannot be read, or was changed as seal has no right to, is not sealed; gives
+    /// back how many of these there are.
+    pub fn collect(&self, cells: &mut [Cell], kept: &[Box<[Run]>]) -> u64 {
+        let mut broken = 0;
         for ((number, cell), runs) in (0u64..).zip(cells).zip(kept) {
-            let entry = self.get(number)?;
             let before: Vec<PageState> =
                 runs.iter().flat_map(|Run(state, n)| (0..*n).map(|_| *state)).collect();
             let may = |(now, before): (&PageState, &PageState)| {
@@ -114,15 +113,25 @@ impl Table {
                     || *now == PageState::Unreadable
                     || (*before == PageState::Data && *now == PageState::Zero)
             };
-            let fits = entry.block == cell.block && entry.states.len() == before.len();
-            if !fits || !entry.states.iter().zip(&before).all(may) {
-                return Err(broken("was changed where it may not be"));
+            let fits = |entry: &Entry| {
+                entry.block == cell.block
+                    && entry.states.len() == before.len()
+                    && entry.states.iter().zip(&before).all(may)
+            };
+            match self.get(number).ok().filter(fits) {
+                Some(entry) => {
+                    cell.states = entry.states.into();
+                    cell.digest = entry.digest;
+                    cell.sealed = entry.sealed;
+                }
+                None => {
+                    broken += 1;
+                    cell.states = before.into();
+                    cell.sealed = false;
+                }
             }
-            cell.states = entry.states.into();
-            cell.digest = entry.digest;
-            cell.sealed = entry.sealed;
         }
-        Ok(())
+        broken
     }
 
     /// Entry `number`.
@@ -210,7 +219,10 @@ mod tests {
             let mut changed = entry();
             edit(&mut changed);
             table.put(0, &changed).unwrap();
-            table.collect(&mut cells, &kept).map(|()| cells.remove(0))
+            match table.collect(&mut cells, &kept) {
+                0 => Ok(cells.remove(0)),
+                _ => Err(Box::new(cells.remove(0))),
+            }
         };
         let cell = collect(&|entry| entry.states[0] = PageState::Zero).unwrap();
         assert_eq!(
@@ -218,7 +230,8 @@ mod tests {
             (PageState::Zero, sha256(b"x"), true)
         );
         assert!(collect(&|entry| entry.states = vec![PageState::Unreadable; 3]).is_ok());
-        assert!(collect(&|entry| entry.states[1] = PageState::Data).is_err());
+        let refused = collect(&|entry| entry.states[1] = PageState::Data).unwrap_err();
+        assert!(!refused.sealed && *refused.states == *entry().states);
         assert!(collect(&|entry| entry.states[2] = PageState::Hole).is_err());
         assert!(collect(&|entry| entry.block = GuestRange::new(0, 0x2800).unwrap()).is_err());
     }

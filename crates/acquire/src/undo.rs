@@ -1,7 +1,7 @@
 //! What has to be undone when everything else died: a small file for each VM that is being worked
 //! on, and the lock that makes one acquirer per VM.
 //!
-//! `/run/stillframe/PID-STARTTIME.json`; without root `stillframe` in `$XDG_RUNTIME_DIR`, else in
+//! `/run/stillframe/PID-STARTTIME.json`; without root `stillframe` in `/run/user/UID`, else in
 //! `/tmp`. JSON lines are only ever appended, one `write` each, *before* what they announce is
 //! done: the last whole line says what may have to be undone. A torn line is one whose
 //! announcement was never acted on. The lock is the file's (`flock`), shared by capture and
@@ -87,6 +87,16 @@ pub struct Left {
 }
 
 impl Left {
+    /// Whether one of its processes lives.
+    pub fn has_owner(&self) -> bool {
+        match &self.begin {
+            Some(Line::Begin { capture, guardian, .. }) => {
+                capture.open().is_some() || guardian.open().is_some()
+            }
+            _ => false,
+        }
+    }
+
     /// Reads the lines; one that is torn or not understood is none.
     fn parse(text: &str) -> Self {
         let mut left = Self::default();
@@ -135,13 +145,13 @@ pub fn directory() -> PathBuf {
     if rustix::process::geteuid().is_root() {
         return PathBuf::from("/run/stillframe");
     }
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
-        Some(dir) => PathBuf::from(dir).join("stillframe"),
-        None => {
-            let uid = rustix::process::getuid().as_raw();
-            std::env::temp_dir().join(format!("stillframe-{uid}"))
-        }
+    // Not by the environment: cron has none, and looks for what a session left.
+    let uid = rustix::process::geteuid().as_raw();
+    let runtime = PathBuf::from(format!("/run/user/{uid}"));
+    if runtime.is_dir() {
+        return runtime.join("stillframe");
     }
+    PathBuf::from(format!("/tmp/stillframe-{uid}"))
 }
 
 /// Makes the directory if need be; it must be ours alone, for what is in it is acted on.
@@ -214,15 +224,32 @@ impl Undo {
                 Err(error) => return Err(fail(error.into())),
             }
             // Whoever had it may have removed it between our open and our lock.
-            let here = std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
-            let meta = undo.file.metadata().map_err(fail)?;
-            if here == Some((meta.dev(), meta.ino())) {
+            if undo.is_here() {
                 return Ok(undo);
             }
             if !make {
                 return Err(fail(io::ErrorKind::NotFound.into()));
             }
         }
+    }
+
+    /// Whether the path still leads to this file.
+    fn is_here(&self) -> bool {
+        let id = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
+        let here = std::fs::symlink_metadata(&self.path).map(id);
+        here.is_ok_and(|here| self.file.metadata().map(id).is_ok_and(|own| own == here))
+    }
+
+    /// How long ago the last line was written.
+    pub fn age(&self) -> Option<std::time::Duration> {
+        self.file.metadata().ok()?.modified().ok()?.elapsed().ok()
+    }
+
+    /// What the file at `path` says; it is read only, and no lock is taken.
+    pub fn peek(path: &Path) -> Left {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty());
+        fd.ok().and_then(|fd| Self::of(fd, path.to_owned()).left().ok()).unwrap_or_default()
     }
 
     /// The file that came as a descriptor from the process that locked it.
@@ -259,6 +286,9 @@ impl Undo {
     /// Takes the file away: nothing is left to be undone. The lock lasts until all handles are
     /// closed.
     pub fn remove(&self) {
+        if !self.is_here() {
+            return;
+        }
         // What cannot be removed says `free`, and the next run or `recover` removes it.
         let _ = std::fs::remove_file(&self.path);
     }

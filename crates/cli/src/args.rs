@@ -39,6 +39,9 @@ pub(crate) struct Recover {
     /// All VMs: what is done without a VM, too
     #[arg(long, conflicts_with = "vm")]
     pub(crate) all: bool,
+    /// Let a VM go on that a run left stopped more than ten minutes ago
+    #[arg(long)]
+    pub(crate) force: bool,
     /// One JSON object a line
     #[arg(long)]
     pub(crate) json: bool,

@@ -83,14 +83,14 @@ impl Channel {
         let len = u32::try_from(message.len()).ok().filter(|_| message.len() <= MAX_MESSAGE);
         let len = len.ok_or_else(|| ChannelError::Form("too long a message".into()))?;
         let began = Instant::now();
-        for part in [&len.to_le_bytes()[..], message] {
-            let mut rest = part;
-            while !rest.is_empty() {
-                self.ready(PollFlags::OUT, began, within)?;
-                match rustix::io::write(&self.socket, rest) {
-                    Ok(n) => rest = rest.get(n..).unwrap_or_default(),
-                    Err(errno) => sort(errno)?,
-                }
+        // In one piece: whoever is stopped between two leaves the other waiting.
+        let whole = [&len.to_le_bytes()[..], message].concat();
+        let mut rest = whole.as_slice();
+        while !rest.is_empty() {
+            self.ready(PollFlags::OUT, began, within)?;
+            match rustix::io::write(&self.socket, rest) {
+                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Err(errno) => sort(errno)?,
             }
         }
         Ok(())

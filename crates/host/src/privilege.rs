@@ -19,6 +19,18 @@ fn has_capability(status: &str, number: u32) -> bool {
         .is_some_and(|set| set >> number & 1 == 1)
 }
 
+/// CAP_IPC_LOCK: bit 14.
+const CAP_IPC_LOCK: u32 = 14;
+
+/// Bytes of memory that this process may lock; `None` when there is no limit for it.
+pub fn lock_limit() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    if has_capability(&status, CAP_IPC_LOCK) {
+        return None;
+    }
+    rustix::process::getrlimit(rustix::process::Resource::Memlock).current
+}
+
 /// `kernel.yama.ptrace_scope`; `None` when the kernel has no Yama.
 pub fn yama_scope() -> Option<u32> {
     std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok()?.trim().parse().ok()

@@ -190,6 +190,13 @@ impl Process {
         uids(&status).ok_or_else(|| self.format("status", "no line \"Uid:\" with four numbers"))
     }
 
+    /// Whether it is stopped by a signal such as SIGSTOP, or traced and stopped.
+    pub fn is_stopped(&self) -> bool {
+        let status = self.small_text("status").unwrap_or_default();
+        let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+        state.is_some_and(|state| state.trim_start().starts_with(['T', 't']))
+    }
+
     /// Who traces its first thread (`TracerPid`): a debugger, or another acquirer.
     ///
     /// # Errors

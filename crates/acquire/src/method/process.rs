@@ -20,7 +20,7 @@ use evidence::manifest::{Audit, Hold};
 use evidence::record::Span;
 use evidence::state::pages;
 use evidence::{GuestRange, PageState};
-use host::hold::{self, HoldError, Limits};
+use host::hold::{self, HoldError, Limits, Stall};
 use host::{Gone, GuestMemory, Process, Source, Store};
 use std::io;
 use std::sync::Mutex;
@@ -182,6 +182,21 @@ pub struct Frozen {
     pub end: Result<(), Cut<PassError>>,
     /// What went otherwise than it should around the hold: it may void the class.
     pub doubts: Vec<String>,
+    /// What the tries before stalled the guest.
+    pub in_vain: Vec<Stall>,
+}
+
+fn lengths(stalls: &[Stall]) -> Vec<u64> {
+    stalls.iter().map(|stall| nanos(stall.released.duration_since(stall.began))).collect()
+}
+
+/// How long each try stalled the guest that did not become a hold, in nanoseconds.
+pub fn stalls_in_vain(frozen: &Result<Frozen, NotHeld>) -> Vec<u64> {
+    match frozen {
+        Ok(frozen) => lengths(&frozen.in_vain),
+        Err(NotHeld::Ptrace(HoldError::NotStopped { in_vain, .. })) => lengths(in_vain),
+        Err(_) => Vec::new(),
+    }
 }
 
 /// Why there was no hold. Nothing was read, and the guest runs as before.
@@ -252,9 +267,10 @@ impl Freezer<'_> {
             stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
             tries: 1,
             pause: Duration::ZERO,
-            hold_at_most: at_most + GRACE,
+            hold_at_most: at_most + GRACE * 3 / 2,
         };
         let mut tries = 0;
+        let mut in_vain = Vec::new();
         loop {
             tries += 1;
             let force = host::clock::monotonic_ns() + self.planned.at_most_ns;
@@ -273,12 +289,20 @@ impl Freezer<'_> {
             let disarmed = guardian.disarm();
             let ((inside, threads, lasted), held) = match held {
                 Ok(held) => held,
-                Err(HoldError::NotStopped { .. }) if tries < TRIES && !self.work.stop.asked() => {
-                    self.work.log.add("hold-given-up", serde_json::json!({ "try": tries }));
+                Err(HoldError::NotStopped { in_vain: stalls, stragglers, .. })
+                    if tries < TRIES && !self.work.stop.asked() =>
+                {
+                    let stragglers: Vec<String> =
+                        stragglers.iter().take(4).map(ToString::to_string).collect();
+                    let data = serde_json::json!({ "try": tries, "stragglers": stragglers,
+                                                   "stalls_ns": lengths(&stalls) });
+                    self.work.log.add("hold-given-up", data);
+                    in_vain.extend(stalls);
                     thread::sleep(PAUSE);
                     continue;
                 }
-                Err(HoldError::NotStopped { pid, within, stragglers, in_vain, .. }) => {
+                Err(HoldError::NotStopped { pid, within, stragglers, in_vain: stalls, .. }) => {
+                    in_vain.extend(stalls);
                     return Err(
                         HoldError::NotStopped { pid, within, tries, stragglers, in_vain }.into()
                     );
@@ -304,7 +328,8 @@ impl Freezer<'_> {
             if let Err(error) = disarmed {
                 doubts.push(format!("while the guest was held {error}"));
             }
-            return Ok(Frozen { hold, audit: inside.audit, end: inside.end, doubts });
+            let Inside { audit, end, .. } = inside;
+            return Ok(Frozen { hold, audit, end, doubts, in_vain });
         }
     }
 
@@ -337,7 +362,8 @@ impl Freezer<'_> {
             expected_ns: self.planned.expected_ns,
         };
         self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
-        Ok(Frozen { hold, audit: inside.audit, end: inside.end, doubts })
+        let Inside { audit, end, .. } = inside;
+        Ok(Frozen { hold, audit, end, doubts, in_vain: Vec::new() })
     }
 
     /// The pass and the audit read: the guest is held.

@@ -6,7 +6,7 @@ use crate::output::{self, safe};
 
 /// Looks at every VM that a run worked on, and puts right what is left.
 pub(crate) fn run(args: &args::Recover) -> Exit {
-    let found = match ::acquire::recover::recover(args.vm.as_deref()) {
+    let found = match ::acquire::recover::recover(args.vm.as_deref(), args.force) {
         Ok(found) => found,
         Err(error) => {
             output::error(&error);
