@@ -267,7 +267,7 @@ impl Freezer<'_> {
             stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
             tries: 1,
             pause: Duration::ZERO,
-            hold_at_most: at_most + GRACE * 3 / 2,
+            hold_at_most: at_most + GRACE,
         };
         let mut tries = 0;
         let mut in_vain = Vec::new();

