@@ -72,8 +72,10 @@ impl Terminal {
     /// The command in a new session that this terminal controls, not yet started. Its stdout is
     /// left alone.
     pub fn command(&self, command: &Command, place: Place) -> Result<Command> {
-        let mut session = Command::new("setsid");
-        session.arg("--ctty");
+        // Whoever started the lab may ignore what a terminal sends (nohup does), and that is
+        // inherited.
+        let mut session = Command::new("env");
+        session.args(["--default-signal=HUP,INT,QUIT,TSTP,TTIN,TTOU", "setsid", "--ctty"]);
         if place == Place::Job {
             session.args(["sh", "-c", "set -m; \"$@\"; exit $?", "sh"]);
         }
