@@ -200,6 +200,22 @@ struct Subject<'a> {
     pace: Pace,
 }
 
+/// Waits until the firmware changes the memory map no more.
+fn settle(guest: &mut Guest) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(60);
+    let mut before = String::new();
+    while Instant::now() < until {
+        let now = guest.human("info mtree -f")?;
+        // What the first seconds show is the map of before the firmware.
+        if now == before {
+            return Ok(());
+        }
+        before = now;
+        sleep(Duration::from_secs(4));
+    }
+    Err(failed("the firmware does not come to rest"))
+}
+
 /// Whether the hold was thought to become too long.
 fn is_refused(ended: &Ended) -> bool {
     let reason = ended.done("reason");
@@ -230,7 +246,10 @@ impl<'a> Subject<'a> {
         };
         let pace = Pace { rate, budget: Duration::from_millis(millis), promised };
         let program = lab.tool_command([""; 0])?.get_program().to_owned();
-        let (guest, program) = (builder.boot()?, fs::canonicalize(program)?);
+        let (mut guest, program) = (builder.boot()?, fs::canonicalize(program)?);
+        if Accel::from_env() == Accel::Kvm {
+            settle(&mut guest)?;
+        }
         Ok(Self { lab, guest, monitor, program, pace })
     }
 
