@@ -9,10 +9,10 @@ use crate::record;
 use crate::seal::SealError;
 use crate::stop::Stop;
 use crate::{Ending, Failure, Request, told};
+use evidence::Segments;
 use evidence::exhibit;
 use evidence::format::{Layout, Note};
 use evidence::manifest::FileRecord;
-use evidence::{PAGE, Segments};
 use host::exhibit_dir::{ExhibitError, NewExhibit};
 use host::{DiskStore, RamStore, Store, StoreError};
 use serde_json::json;
@@ -117,7 +117,7 @@ fn reserve(
     if plan.store == StoreKind::Disk {
         return Ok(None);
     }
-    let segments = Segments::packed(&looked.located.map, PAGE)
+    let segments = Segments::packed(&looked.located.map)
         .map_err(|error| StoreError::Layout(error.to_string()))?;
     let limit = RamStore::limit(request.max_ram)?;
     let progress = |done_bytes, total_bytes| {

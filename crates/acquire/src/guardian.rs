@@ -6,8 +6,8 @@
 //! file of [`crate::undo`] says; when both are gone, `stillframe recover` does the same.
 
 use crate::find::Target;
-use crate::log::Log;
-use crate::monitor::{AskError, Asked, AskedAgain, Monitor, Note, Notes, Whom};
+use crate::log::{Log, Note, Notes};
+use crate::monitor::{AskError, Asked, AskedAgain, Monitor, Whom};
 use crate::role::{self, Peer, Role};
 use crate::undo::{Line, Undo, UndoError, Who};
 use crate::{Failure, plan, told};
@@ -82,23 +82,19 @@ enum Reply {
     Done,
 }
 
-/// A guest that QEMU stopped. Times are CLOCK_MONOTONIC in nanoseconds.
+/// A guest that QEMU stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stopped {
-    /// Before `stop` was sent.
+    /// Before `stop` was sent: CLOCK_MONOTONIC in nanoseconds.
     pub began_ns: u64,
-    /// After it was answered.
-    pub held_ns: u64,
     /// Whether it was sent: a VM found paused was not asked.
     pub asked: bool,
 }
 
-/// A guest that goes on. Times are CLOCK_MONOTONIC in nanoseconds.
+/// A guest that goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Continued {
-    /// Before `cont` was sent.
-    pub released_ns: u64,
-    /// After it was answered.
+    /// After `cont` was answered: CLOCK_MONOTONIC in nanoseconds.
     pub ended_ns: u64,
     /// The guest was stopped all the time, as far as QEMU tells.
     pub lasted: bool,
@@ -135,7 +131,7 @@ pub fn undo(
     monitor: &mut Option<Monitor>,
     notes: &Notes,
 ) -> Result<Option<Undone>, AskError> {
-    let unreadable = |error: io::Error| AskError::Query(format!("{}: {error}", "the undo file"));
+    let unreadable = |error: io::Error| AskError::Query(format!("the undo file: {error}"));
     let left = undo.left().map_err(unreadable)?;
     let (Some(Line::Begin { target, name, sockets, .. }), Some(held)) = (left.begin, left.held)
     else {
@@ -355,9 +351,8 @@ impl Keeper {
         // Whatever QEMU told of runs and stops before this is not about this hold.
         self.monitor()?.heard(&ENDS_A_HOLD);
         if found != "running" {
-            let now = monotonic_ns();
             self.held = Some(Held { by_qemu: true, asked: false, until_ns });
-            return Ok(Stopped { began_ns: now, held_ns: now, asked: false });
+            return Ok(Stopped { began_ns: monotonic_ns(), asked: false });
         }
         self.announce(&Line::Stop { until_ns })?;
         let began_ns = monotonic_ns();
@@ -367,7 +362,7 @@ impl Keeper {
         let held_ns = monotonic_ns();
         match state {
             Ok(state) if state == "paused" && held_ns < until_ns => {
-                Ok(Stopped { began_ns, held_ns, asked: true })
+                Ok(Stopped { began_ns, asked: true })
             }
             // It may have been carried out all the same: answers come in order.
             other => {
@@ -384,15 +379,15 @@ impl Keeper {
 
     fn cont(&mut self) -> Result<Continued, AskError> {
         let Some(held) = self.held.filter(|held| held.by_qemu) else {
-            let (now, run_state) = (monotonic_ns(), self.monitor()?.run_state()?);
-            let (lasted, as_found) = (false, true);
-            return Ok(Continued { released_ns: now, ended_ns: now, lasted, run_state, as_found });
+            // Its time was up, and we let it go on.
+            let run_state = self.monitor()?.run_state()?;
+            let ended_ns = monotonic_ns();
+            return Ok(Continued { ended_ns, lasted: false, run_state, as_found: true });
         };
         let found = self.monitor()?.run_state()?;
         let stood = found == "paused" || !held.asked;
         let ended = self.monitor()?.heard(&ENDS_A_HOLD);
         let lasted = stood && found != "running" && !self.expired && !ended;
-        let released_ns = monotonic_ns();
         if held.asked && is_stopped(&found) {
             self.monitor()?.change(Change::Cont, CONT)?;
         }
@@ -403,7 +398,7 @@ impl Keeper {
             self.held = None;
             self.announce(&Line::Free)?;
         }
-        Ok(Continued { released_ns, ended_ns, lasted, run_state, as_found })
+        Ok(Continued { ended_ns, lasted, run_state, as_found })
     }
 
     /// A hold lasted longer than it may.
@@ -504,11 +499,10 @@ pub enum GuardianError {
 }
 
 impl Guardian {
-    /// Takes the VM for this process and starts its guardian, which first undoes what a dead run
-    /// left.
+    /// Takes the VM for this process and starts its guardian.
     ///
     /// # Errors
-    /// [`Failure::Refused`] when somebody else works on the VM.
+    /// [`Failure::Refused`] when somebody else works on the VM, or may have left it stopped.
     pub fn start(target: &Target, log: &Log) -> Result<Self, Failure> {
         let refuse = |reason: String, remedy: &str| {
             let remedies = vec![remedy.to_owned()];
@@ -535,14 +529,14 @@ impl Guardian {
             Failure::Host(host::HostError::Exited { pid })
         })?;
         let whom = target.whom();
-        let peer = begin(&whom, who, capture, &undo, log).map_err(|error| match error {
+        let begun = begin(&whom, who, capture, &undo, log);
+        let (peer, rights, undone) = begun.map_err(|error| match error {
             Begin::Ask(error) => Failure::Asked(error),
             Begin::Start(text) => refuse(
                 format!("the guardian could not be started: {text}"),
                 "/proc must be mounted, and processes to be had",
             ),
         })?;
-        let (peer, rights, undone) = peer;
         log.add("guardian", json!({ "pid": peer.pid(), "undo": undo.path(), "rights": rights }));
         Ok(Self {
             peer,
@@ -745,7 +739,7 @@ fn begin(whom: &Whom, target: Who, capture: Who, undo: &Undo, log: &Log) -> Resu
         Ok(other) => Err(Begin::Start(format!("it said {other:?}"))),
         Err(error) => {
             // It goes on trying by itself until QEMU answers.
-            peer.let_go();
+            peer.detach();
             Err(Begin::Ask(error))
         }
     }

@@ -21,10 +21,8 @@ pub mod record;
 pub mod recover;
 pub mod role;
 pub mod seal;
-pub mod sealer;
 pub mod speed;
 pub mod stop;
-pub mod table;
 pub mod undo;
 
 use crate::copy::{Cell, Cut};
@@ -36,7 +34,7 @@ use crate::look::Looked;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
 use crate::plan::{Plan, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
-use crate::sealer::Sealer;
+use crate::seal::process::Sealer;
 use crate::stop::Stop;
 use evidence::digest::Digest;
 use evidence::exhibit;
@@ -235,9 +233,11 @@ struct Run {
     /// What went otherwise than it should, after the plan.
     warnings: Vec<String>,
     /// The hold and what was done in it.
-    frozen: Option<Held>,
-    /// What was done to the guest beside that hold.
-    attempts: Vec<manifest::Change>,
+    held: Option<Held>,
+    /// How long tries to hold the guest stalled it in vain, in nanoseconds.
+    stalls_ns: Vec<u64>,
+    /// What was done to the guest in order to hold it.
+    changes: Vec<manifest::Change>,
     /// What is known of the guardian, once it is gone.
     parting: Parting,
     /// The rights of the processes that sealed.
@@ -248,8 +248,18 @@ struct Run {
 struct Held {
     hold: manifest::Hold,
     audit: Option<(manifest::Audit, Span)>,
+}
+
+impl Held {
     /// Why the image is not one of one instant after all.
-    void: Option<String>,
+    fn void(&self) -> Option<&'static str> {
+        let differs = self.audit.as_ref().is_some_and(|(audit, _)| audit.differing > 0);
+        match (self.hold.lasted, differs) {
+            (false, _) => Some("the hold did not last until the last read"),
+            (true, true) => Some("pages differed when they were read again in the hold"),
+            (true, false) => None,
+        }
+    }
 }
 
 impl Run {
@@ -269,8 +279,9 @@ impl Run {
             disturbances: Vec::new(),
             readers: Vec::new(),
             warnings: Vec::new(),
-            frozen: None,
-            attempts: Vec::new(),
+            held: None,
+            stalls_ns: Vec::new(),
+            changes: Vec::new(),
             parting: Parting::default(),
             sealers: Vec::new(),
         }
@@ -347,41 +358,41 @@ impl Run {
             ));
         }
         let process = &looked.target.process;
-        let (cells, passes) = (&mut self.cells, &mut self.passes);
-        let frozen = process::freeze(work, process, planned, guardian, cells, passes);
-        self.attempts = attempts(planned, &frozen, process::stalls_in_vain(&frozen));
+        let (cells, passes, stalls) = (&mut self.cells, &mut self.passes, &mut self.stalls_ns);
+        let frozen = process::freeze(work, process, planned, guardian, cells, passes, stalls);
+        self.changes.extend(record::stalls_change(&self.stalls_ns));
+        self.changes.extend(match &frozen {
+            Ok(frozen) => record::hold_change(&frozen.hold, frozen.told_qemu),
+            Err(NotHeld::Guardian(_)) => record::no_hold_change(planned.kind),
+            Err(_) => None,
+        });
         if let Err(NotHeld::Ptrace(error @ HoldError::NotFreed { .. })) = &frozen {
             guardian.not_as_found.get_or_insert(error.to_string());
         }
         let frozen = frozen.map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
-        let Frozen { hold, audit, end, doubts, .. } = frozen;
+        let Frozen { hold, audit, end, doubt, .. } = frozen;
         work.log.add("hold", &hold);
         if let Some((audit, span)) = &audit {
             work.log.add("audit", json!({ "audit": audit, "span": span }));
         }
-        let differs = audit.as_ref().is_some_and(|(audit, _)| audit.differing > 0);
-        let void = match (hold.lasted, differs) {
-            (false, _) => Some("the hold did not last until the last read".to_owned()),
-            (true, true) => Some("pages differed when they were read again in the hold".to_owned()),
-            (true, false) => None,
-        };
-        self.warnings.extend(doubts);
+        self.warnings.extend(doubt);
         if audit.as_ref().is_some_and(|(audit, _)| audit.pages == 0) {
             let text = "no page was read again in the hold: the stall budget was used up";
             self.warnings.push(text.to_owned());
         }
-        self.disturbances.extend(void.clone());
-        self.frozen = Some(Held { hold, audit, void });
+        let held = Held { hold, audit };
+        self.disturbances.extend(held.void().map(str::to_owned));
+        self.held = Some(held);
         end
     }
 
     /// The class that the image earned.
     fn class(&self, plan: &Plan) -> Class {
-        let held = self.frozen.as_ref().is_some_and(|held| held.void.is_none());
         let whole = self.end.is_none() && self.not_reached.is_empty();
-        // A machine that did not stay itself between the looks has no map for the instant.
+        // A machine that did not stay itself between the looks has no map for the instant. A hold
+        // that is void is among the disturbances.
         let same = self.map_difference.is_none() && self.disturbances.is_empty();
-        if held && whole && same { plan.class } else { Class::None }
+        if self.held.is_some() && whole && same { plan.class } else { Class::None }
     }
 
     /// Blocks that no pass reached are losses, not blocks of the image.
@@ -404,6 +415,10 @@ impl Run {
             Err(GuardianError::Lost(_)) => guardian.again(),
             other => other,
         };
+        if guardian.lost > 0 {
+            let text = "QEMU's events may have been missed: the guardian was lost".to_owned();
+            self.disturbances.push(text);
+        }
         match asked.map_err(Failure::from).and_then(|asked| looked.again(asked)) {
             Ok(again) => {
                 let text = again.located.text().into_bytes();
@@ -445,11 +460,6 @@ impl Run {
         }
         for undone in &parting.undone {
             self.warnings.push(format!("undone: {}", undone.text));
-        }
-        if parting.lost > 0 && self.frozen.is_none() {
-            // Of an image of one instant it is known; of a smeared one it is not.
-            let text = "QEMU's events may have been missed: the guardian was lost".to_owned();
-            self.disturbances.push(text);
         }
         self.parting = parting;
     }
@@ -610,7 +620,7 @@ impl Run {
         if let Some(end) = &self.end {
             return end.clone();
         }
-        if let Some(void) = self.frozen.as_ref().and_then(|held| held.void.as_ref()) {
+        if let Some(void) = self.held.as_ref().and_then(Held::void) {
             return Ending::Losses(format!("the image does not show one instant: {void}"));
         }
         let unreadable = self.bytes_in(PageState::Unreadable);
@@ -676,9 +686,9 @@ impl Run {
             events: self.events,
             disturbances: self.disturbances,
             class,
-            hold: self.frozen.as_ref().map(|held| held.hold.clone()),
-            audit: self.frozen.as_ref().and_then(|held| held.audit.clone()),
-            attempts: self.attempts,
+            hold: self.held.as_ref().map(|held| held.hold.clone()),
+            audit: self.held.as_ref().and_then(|held| held.audit.clone()),
+            changes: self.changes,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
             processes: processes(&self.parting, &self.sealers),
             workers: cpus(),
@@ -699,34 +709,6 @@ impl Run {
         };
         Ok(Done { ending, exhibit: Some(exhibit) })
     }
-}
-
-/// What holds that were tried in vain did to the guest.
-fn attempts(
-    planned: &plan::PlannedHold,
-    frozen: &Result<Frozen, NotHeld>,
-    stalls_ns: Vec<u64>,
-) -> Vec<manifest::Change> {
-    let mut changes = Vec::new();
-    if let Some(longest) = stalls_ns.iter().max() {
-        changes.push(manifest::Change {
-            what: format!(
-                "{} times QEMU's threads were stopped by ptrace and let go again at once, for {} ms at \
-                 most: not all of them stopped in time",
-                stalls_ns.len(),
-                longest.div_ceil(1_000_000)
-            ),
-            why: "the image is to show one instant".to_owned(),
-        });
-    }
-    if planned.kind == manifest::HoldKind::Stop && frozen.is_err() {
-        changes.push(manifest::Change {
-            what: "QEMU was perhaps told `stop`, and then `cont`: the journal has what was sent"
-                .to_owned(),
-            why: "the image was to show one instant".to_owned(),
-        });
-    }
-    changes
 }
 
 /// The rights of every process that took part.

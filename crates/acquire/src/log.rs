@@ -1,13 +1,12 @@
 //! The journal while it is written: kept in memory until the exhibit has a place, then a file.
 
-use crate::monitor::Note;
 use evidence::digest::Digest;
 use evidence::journal::{AppendError, Journal};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A writer that keeps bytes until it is given a file.
@@ -87,11 +86,6 @@ impl Log {
         monotonic_ns.saturating_sub(self.origin_ns)
     }
 
-    /// CLOCK_MONOTONIC at the beginning, in nanoseconds.
-    pub fn origin_ns(&self) -> u64 {
-        self.origin_ns
-    }
-
     /// Writes what was kept to `file` and goes on there.
     ///
     /// # Errors
@@ -143,6 +137,37 @@ impl Log {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A line for the journal, by whoever did what it says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Note {
+    /// CLOCK_MONOTONIC in nanoseconds.
+    pub monotonic_ns: u64,
+    /// UTC then.
+    pub utc: String,
+    /// The journal's word.
+    pub what: String,
+    /// The particulars.
+    pub data: Value,
+}
+
+/// Lines that were not yet written into the journal.
+#[derive(Clone, Debug, Default)]
+pub struct Notes(Arc<Mutex<Vec<Note>>>);
+
+impl Notes {
+    /// Adds a line now.
+    pub fn add(&self, what: &str, data: Value) {
+        let (monotonic_ns, utc) = (host::clock::monotonic_ns(), host::clock::utc());
+        let note = Note { monotonic_ns, utc, what: what.to_owned(), data };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(note);
+    }
+
+    /// Takes the lines.
+    pub fn take(&self) -> Vec<Note> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::event::{Event, Observer};
 use crate::find::{self, Row, Target};
-use crate::log::Log;
+use crate::log::{Log, Notes};
 use crate::map::{self, Located};
-use crate::monitor::{Asked, AskedAgain, Monitor, Notes, VmFacts};
+use crate::monitor::{Asked, AskedAgain, Monitor, VmFacts};
 use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal};
 use crate::{Failure, Request, draft, speed};
 use evidence::format::{self, Arch, Format};

@@ -3,6 +3,7 @@
 //!
 //! `plan` asks by itself; in an acquisition only the guardian does.
 
+use crate::log::Notes;
 use crate::told;
 use qemu::facts::Facts;
 use qemu::qmp::{Change, Exchange};
@@ -10,7 +11,6 @@ use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long a monitor may take to greet when others are left to try.
@@ -100,37 +100,6 @@ pub struct AskedAgain {
     pub run_state: String,
     /// What QEMU told unasked since the monitor was opened: name and data.
     pub events: Vec<(String, Value)>,
-}
-
-/// A line for the journal, by whoever did what it says.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Note {
-    /// CLOCK_MONOTONIC in nanoseconds.
-    pub monotonic_ns: u64,
-    /// UTC then.
-    pub utc: String,
-    /// The journal's word.
-    pub what: String,
-    /// The particulars.
-    pub data: Value,
-}
-
-/// Lines that were not yet written into the journal.
-#[derive(Clone, Debug, Default)]
-pub struct Notes(Arc<Mutex<Vec<Note>>>);
-
-impl Notes {
-    /// Adds a line now.
-    pub fn add(&self, what: &str, data: Value) {
-        let (monotonic_ns, utc) = (host::clock::monotonic_ns(), host::clock::utc());
-        let note = Note { monotonic_ns, utc, what: what.to_owned(), data };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(note);
-    }
-
-    /// Takes the lines.
-    pub fn take(&self) -> Vec<Note> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 /// A monitor of a VM, and nobody else's.

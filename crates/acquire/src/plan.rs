@@ -425,11 +425,7 @@ fn freeze(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedHold, Refusa
         let reason = format!(
             "its hold is expected to be {}{}, and {} is allowed ({})",
             millis(expected),
-            if margin > 1 {
-                format!(", of which {margin} times must be allowed")
-            } else {
-                String::new()
-            },
+            if margin > 1 { ", and twice that must be allowed".to_owned() } else { String::new() },
             millis(allowed),
             if allowed < wish.stall_budget { "by ptrace, here" } else { "--stall-budget" },
         );

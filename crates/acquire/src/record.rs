@@ -89,8 +89,8 @@ pub struct Story<'a> {
     pub hold: Option<manifest::Hold>,
     /// The audit read in it, and when.
     pub audit: Option<(manifest::Audit, Span)>,
-    /// What was done to the guest beside the hold.
-    pub attempts: Vec<Change>,
+    /// What was done to the guest in order to hold it.
+    pub changes: Vec<Change>,
     /// What may weaken the claim of one instant.
     pub hold_caveats: Vec<String>,
     /// The rights of every process that took part.
@@ -345,10 +345,7 @@ impl Story<'_> {
                 .to_owned(),
             why: "only QEMU knows the guest's memory map".to_owned(),
         }];
-        if let Some(hold) = &self.hold {
-            changes.push(hold_change(hold));
-        }
-        changes.extend(self.attempts.iter().cloned());
+        changes.extend(self.changes.iter().cloned());
         if let (Some(before), Some(after)) = (self.before.swapped, self.after.swapped)
             && after < before
         {
@@ -395,20 +392,45 @@ impl Story<'_> {
     }
 }
 
-/// What a hold changed.
-fn hold_change(hold: &manifest::Hold) -> Change {
+/// Why the guest is held at all.
+const ONE_INSTANT: &str = "the image is to show one instant";
+
+fn for_one_instant(what: String) -> Change {
+    Change { what, why: ONE_INSTANT.to_owned() }
+}
+
+/// What a hold changed; a VM that was found paused is left so, and QEMU not `told`.
+pub fn hold_change(hold: &manifest::Hold, told: bool) -> Option<Change> {
     let ms = hold.stall_ns().div_ceil(1_000_000);
-    let what = match hold.kind {
-        manifest::HoldKind::Ptrace => format!(
+    match (hold.kind, told) {
+        (manifest::HoldKind::Ptrace, _) => Some(for_one_instant(format!(
             "QEMU's threads were stopped by ptrace for {ms} ms at most and let go again; the guest's \
              clock ran on"
-        ),
-        manifest::HoldKind::Stop => format!(
-            "QEMU was told `stop` and `cont` (unless the VM was found paused): the guest stood for {ms} \
-             ms at most, its clock with it, and QEMU wrote its disks out"
-        ),
-    };
-    Change { what, why: "the image is to show one instant".to_owned() }
+        ))),
+        (manifest::HoldKind::Stop, true) => Some(for_one_instant(format!(
+            "QEMU was told `stop` and `cont`: the guest stood for {ms} ms at most, its clock with it, \
+             and QEMU wrote its disks out"
+        ))),
+        (manifest::HoldKind::Stop, false) => None,
+    }
+}
+
+/// What may have been done where there was no hold in the end.
+pub fn no_hold_change(kind: manifest::HoldKind) -> Option<Change> {
+    (kind == manifest::HoldKind::Stop).then(|| {
+        let what = "QEMU was perhaps told `stop`, and then `cont`: the journal has what was sent";
+        for_one_instant(what.to_owned())
+    })
+}
+
+/// What holds by ptrace that were given up did to the guest, each so many nanoseconds.
+pub fn stalls_change(stalls_ns: &[u64]) -> Option<Change> {
+    let longest = stalls_ns.iter().max()?.div_ceil(1_000_000);
+    Some(for_one_instant(format!(
+        "{} times QEMU's threads were stopped by ptrace and let go again at once, for {longest} ms at \
+         most: not all of them stopped in time",
+        stalls_ns.len()
+    )))
 }
 
 /// What the kernel said of the pages that could not be read: each error once.

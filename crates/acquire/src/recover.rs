@@ -4,7 +4,7 @@
 //! left alone unless its hold is overdue; then both its processes hang, and they are ended first.
 
 use crate::guardian::{self, Undone};
-use crate::monitor::Notes;
+use crate::log::Notes;
 use crate::undo::{Left, Line, Undo, UndoError};
 use host::clock::monotonic_ns;
 use schemars::JsonSchema;
@@ -73,7 +73,7 @@ fn taken(path: &Path, force: bool) -> Recovered {
         return told(path, left.begin.as_ref(), "an acquisition is at work".to_owned(), true, true);
     };
     let overdue = monotonic_ns().saturating_sub(until_ns);
-    if Duration::from_nanos(overdue) < OVERDUE || monotonic_ns() < until_ns {
+    if Duration::from_nanos(overdue) < OVERDUE {
         let text = "an acquisition is at work and holds the guest".to_owned();
         return told(path, left.begin.as_ref(), text, true, true);
     }

@@ -7,7 +7,8 @@
 //! A new program and not a fork: nothing that capture has in memory or open is there, and the
 //! rights are given up before a second thread exists.
 
-use crate::{guardian, sealer};
+use crate::guardian;
+use crate::seal::process as seal;
 use evidence::manifest;
 use host::Process;
 use host::channel::{Channel, ChannelError};
@@ -67,7 +68,7 @@ pub fn take_part() -> Option<ExitCode> {
     let _ = host::oom::die_first();
     Some(match role {
         Role::Guardian => guardian::run(channel),
-        Role::Seal => sealer::run(channel),
+        Role::Seal => seal::run(channel),
     })
 }
 
@@ -79,7 +80,7 @@ pub struct Peer {
     /// It answered out of turn or not at all: nothing more is asked.
     lost: bool,
     /// It is not ours to end any more.
-    let_go: bool,
+    detached: bool,
 }
 
 impl Peer {
@@ -93,7 +94,7 @@ impl Peer {
         command.arg0("stillframe").arg(role.argument()).env_clear().current_dir("/");
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let child = command.spawn()?;
-        Ok(Self { child, channel, lost: false, let_go: false })
+        Ok(Self { child, channel, lost: false, detached: false })
     }
 
     /// Its process id.
@@ -133,8 +134,8 @@ impl Peer {
     }
 
     /// Leaves it to itself: it hears of our end and acts by its own lights.
-    pub fn let_go(&mut self) {
-        self.let_go = true;
+    pub fn detach(&mut self) {
+        self.detached = true;
     }
 
     /// Ends it at once.
@@ -160,7 +161,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        if !self.let_go && matches!(self.child.try_wait(), Ok(None)) {
+        if !self.detached && matches!(self.child.try_wait(), Ok(None)) {
             self.kill();
         }
     }

@@ -3,12 +3,15 @@
 //! The same loop as capture, from the store to the image. With a disk store the image *is* the
 //! store: blocks are read back, hashed and their zero pages given back to the filesystem.
 
+pub mod process;
+pub mod table;
+
 use crate::copy::{self, Cell, Changed, Cut, Item, Scratch, Setting};
 use crate::event::{Event, Observer, Phase};
 use crate::guard::Guarded;
 use crate::method::process::{bit, page_runs, page_spans};
+use crate::seal::table::{Entry, Table};
 use crate::stop::Stop;
-use crate::table::{Entry, Table};
 use evidence::Block;
 use evidence::digest::{Digest, Hasher, HashingWriter, MemoryRoot, other_bytes_sha256, sha256};
 use evidence::exhibit;

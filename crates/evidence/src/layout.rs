@@ -87,18 +87,16 @@ impl Segments {
     }
 
     /// The imaged regions of `map` one behind the other, each at an offset that is its address but
-    /// for a multiple of [`BLOCK_LEN`], and of `align` (a power of two) where that is more: how a
-    /// RAM store lies. A block of the guest is then in one MiB of the store, not in two.
+    /// for a multiple of [`BLOCK_LEN`]: how a RAM store lies. A block of the guest is then in one MiB of the store, not in two.
     ///
     /// # Errors
     /// [`LayoutError::Offset`] when the sum is no file offset.
-    pub fn packed(map: &MemoryMap, align: u64) -> Result<Self, LayoutError> {
+    pub fn packed(map: &MemoryMap) -> Result<Self, LayoutError> {
         let mut list = Vec::new();
-        let align = align.max(BLOCK_LEN);
         let mut end = 0u64;
         for (_, range) in map.imaged() {
-            // Of 64 bits as well: 2^64 is a multiple of `align`.
-            let skew = range.start().wrapping_sub(end) & (align - 1);
+            // Of 64 bits as well: 2^64 is a multiple of a block's length.
+            let skew = range.start().wrapping_sub(end) & (BLOCK_LEN - 1);
             let offset = end.checked_add(skew).ok_or(LayoutError::Offset { range, offset: end })?;
             end = offset.checked_add(range.len()).ok_or(LayoutError::Offset { range, offset })?;
             list.push(Segment { range, offset });
@@ -135,7 +133,7 @@ mod tests {
     #[test]
     fn packed_lies_back_to_back() {
         let map = MemoryMap::new(vec![ram(0, 0x1001), ram(0x30_0000, 0x2000)]).unwrap();
-        let segments = Segments::packed(&map, 4096).unwrap();
+        let segments = Segments::packed(&map).unwrap();
         let offsets: Vec<_> = segments.list().iter().map(|s| s.offset).collect();
         assert_eq!(offsets, [0, 0x10_0000]);
         assert_eq!(
@@ -155,7 +153,7 @@ mod tests {
             ram(0xfffc_0000, 0x4_0000),
             ram(0x1_0000_0000, 0x10_0000),
         ]);
-        let segments = Segments::packed(&map.unwrap(), 4096).unwrap();
+        let segments = Segments::packed(&map.unwrap()).unwrap();
         let offsets: Vec<_> = segments.list().iter().map(|s| s.offset).collect();
         assert_eq!(offsets, [0, 0xc_0000, 0x5c_0000, 0x60_0000]);
     }

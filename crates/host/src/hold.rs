@@ -46,16 +46,12 @@ const FREED_WITHIN: Duration = Duration::from_secs(2);
 /// The kind of stop that SEIZE brings (linux/ptrace.h); libc has it for few targets.
 const PTRACE_EVENT_STOP: c_int = 128;
 
-/// How long a hold may take, and how often it is tried.
+/// How long a hold may take. Whether one that was given up is tried again is the caller's to say.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// All threads are stopped by then; else all are let go.
     pub stop_within: Duration,
-    /// So many tries at most; 0 counts as 1.
-    pub tries: u32,
-    /// The process runs undisturbed for so long between two tries.
-    pub pause: Duration,
-    /// From just before the first stop to the release of one try, the closure included. Past
+    /// From just before the first stop to the release, the closure included. Past
     /// this the kernel kills *our whole process*, and thereby lets the threads go.
     pub hold_at_most: Duration,
 }
@@ -115,8 +111,6 @@ pub struct Stall {
 pub struct Held {
     /// How many threads were stopped.
     pub threads: usize,
-    /// The tries that it took, this one included.
-    pub tries: u32,
     /// The first thread was told to stop: the stall begins.
     pub began: Instant,
     /// The last thread had stopped.
@@ -129,8 +123,6 @@ pub struct Held {
     pub signals: usize,
     /// Somebody else had stopped the process (SIGSTOP) before us. It was left stopped.
     pub found_stopped: bool,
-    /// The stalls of the tries before, in which not all threads stopped in time.
-    pub in_vain: Vec<Stall>,
 }
 
 /// A thread that did not stop.
@@ -191,18 +183,16 @@ pub enum HoldError {
         source: io::Error,
     },
     /// Not all threads stopped in time.
-    #[error("process {pid} did not stop within {within:?}, tried {tries} times: {}", list(.stragglers))]
+    #[error("process {pid} did not stop within {within:?}: {}", list(.stragglers))]
     NotStopped {
         /// The process.
         pid: u32,
         /// The limit.
         within: Duration,
-        /// How often it was tried.
-        tries: u32,
-        /// The threads that did not stop in the last try; none when new ones kept appearing.
+        /// The threads that did not stop; none when new ones kept appearing.
         stragglers: Vec<Straggler>,
-        /// What the process was stalled all the same, try by try.
-        in_vain: Vec<Stall>,
+        /// What the others were stalled all the same, if any was told to stop.
+        stall: Option<Stall>,
     },
     /// The tracing thread has ended, and still the kernel names it as the tracer.
     #[error("thread {tid} of process {pid} was not let go by the kernel")]
@@ -260,45 +250,32 @@ pub fn during<R: Send>(
     limits: &Limits,
     work: impl FnOnce(&Hold<'_>) -> R + Send,
 ) -> Result<(R, Held), HoldError> {
-    let tries = limits.tries.max(1);
-    let mut work = Some(work);
-    let mut in_vain = Vec::new();
-    let mut number = 0;
-    loop {
-        number += 1;
-        let (outcome, released) = try_once(process, limits, &mut work)?;
-        match outcome {
-            Outcome::Done { result, mut held } => {
-                held.released = released.unwrap_or(held.released);
-                held.tries = number;
-                held.in_vain = in_vain;
-                return Ok((result.unwrap_or_else(|panic| resume_unwind(panic)), held));
-            }
-            Outcome::NotStopped { stragglers, began } => {
-                let now = Instant::now();
-                in_vain.extend(began.map(|began| Stall { began, released: now }));
-                if number == tries {
-                    let (pid, within) = (process.pid(), limits.stop_within);
-                    return Err(HoldError::NotStopped { pid, within, tries, stragglers, in_vain });
-                }
-            }
+    let (outcome, released) = on_own_thread(process, limits, work)?;
+    match outcome {
+        Outcome::Done { result, mut held } => {
+            held.released = released.unwrap_or(held.released);
+            Ok((result.unwrap_or_else(|panic| resume_unwind(panic)), held))
         }
-        thread::sleep(limits.pause);
+        Outcome::NotStopped { stragglers, began } => {
+            let (pid, within, released) = (process.pid(), limits.stop_within, Instant::now());
+            let stall = began.map(|began| Stall { began, released });
+            Err(HoldError::NotStopped { pid, within, stragglers, stall })
+        }
     }
 }
 
-/// How a try ended.
+/// How it ended.
 enum Outcome<R> {
     Done { result: thread::Result<R>, held: Held },
     NotStopped { stragglers: Vec<Straggler>, began: Option<Instant> },
 }
 
-/// One try on a thread of its own. All threads run again when it returns; the time is given
+/// The hold on a thread of its own. All threads run again when it returns; the time is given
 /// when it took the end of that thread.
-fn try_once<R: Send, W: FnOnce(&Hold<'_>) -> R + Send>(
+fn on_own_thread<R: Send>(
     process: &Process,
     limits: &Limits,
-    work: &mut Option<W>,
+    work: impl FnOnce(&Hold<'_>) -> R + Send,
 ) -> Result<(Outcome<R>, Option<Instant>), HoldError> {
     let timer = Deadline::armed(limits.hold_at_most)?;
     let deadline = Instant::now() + limits.hold_at_most;
@@ -325,11 +302,11 @@ fn try_once<R: Send, W: FnOnce(&Hold<'_>) -> R + Send>(
 }
 
 /// Stops, works and lets go, on the thread that traces.
-fn hold<R, W: FnOnce(&Hold<'_>) -> R>(
+fn hold<R>(
     tracees: &mut Tracees<'_>,
     stop_within: Duration,
     deadline: Instant,
-    work: &mut Option<W>,
+    work: impl FnOnce(&Hold<'_>) -> R,
 ) -> Result<Outcome<R>, HoldError> {
     if !tracees.stop(Instant::now() + stop_within)? {
         let stragglers = tracees.stragglers();
@@ -337,19 +314,16 @@ fn hold<R, W: FnOnce(&Hold<'_>) -> R>(
     }
     let stopped = Instant::now();
     let hold = Hold { tracees, stopped, deadline, _not_send: PhantomData };
-    let work = work.take().expect("only the last try gets here");
     let result = catch_unwind(AssertUnwindSafe(|| work(&hold)));
     let lasted = hold.lasted();
     let mut held = Held {
         threads: hold.threads(),
-        tries: 0,
         began: tracees.began.unwrap_or(stopped),
         stopped,
         released: stopped,
         lasted,
         signals: tracees.list.iter().filter(|t| matches!(t.at, At::Stopped(1..))).count(),
         found_stopped: tracees.found_stopped,
-        in_vain: Vec::new(),
     };
     tracees.release();
     held.released = Instant::now();

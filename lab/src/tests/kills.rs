@@ -563,7 +563,7 @@ impl Subject<'_> {
         };
         // Killed between the new name and the last word, it said nothing.
         let said = done == json!(verdict) || code.is_none();
-        let lasted = manifest["hold"]["lasted"] == true;
+        let lasted = manifest["hold"]["lasted"] == true && manifest["disturbances"] == json!([]);
         let true_class = (manifest["class"] == "instantaneous") <= lasted;
         match fits && said && true_class {
             true => Ok(Left::Whole),

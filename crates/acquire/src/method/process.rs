@@ -20,8 +20,9 @@ use evidence::manifest::{Audit, Hold};
 use evidence::record::Span;
 use evidence::state::pages;
 use evidence::{GuestRange, PageState};
-use host::hold::{self, HoldError, Limits, Stall};
+use host::hold::{self, HoldError, Limits};
 use host::{Gone, GuestMemory, Process, Source, Store};
+use serde_json::json;
 use std::io;
 use std::sync::Mutex;
 use std::thread;
@@ -180,23 +181,10 @@ pub struct Frozen {
     pub audit: Option<(Audit, Span)>,
     /// How the pass ended.
     pub end: Result<(), Cut<PassError>>,
-    /// What went otherwise than it should around the hold: it may void the class.
-    pub doubts: Vec<String>,
-    /// What the tries before stalled the guest.
-    pub in_vain: Vec<Stall>,
-}
-
-fn lengths(stalls: &[Stall]) -> Vec<u64> {
-    stalls.iter().map(|stall| nanos(stall.released.duration_since(stall.began))).collect()
-}
-
-/// How long each try stalled the guest that did not become a hold, in nanoseconds.
-pub fn stalls_in_vain(frozen: &Result<Frozen, NotHeld>) -> Vec<u64> {
-    match frozen {
-        Ok(frozen) => lengths(&frozen.in_vain),
-        Err(NotHeld::Ptrace(HoldError::NotStopped { in_vain, .. })) => lengths(in_vain),
-        Err(_) => Vec::new(),
-    }
+    /// What became of the guardian meanwhile, if it was lost.
+    pub doubt: Option<String>,
+    /// QEMU was told to stop the guest: not by ptrace, and not when the VM was found paused.
+    pub told_qemu: bool,
 }
 
 /// Why there was no hold. Nothing was read, and the guest runs as before.
@@ -208,12 +196,22 @@ pub enum NotHeld {
     /// The kernel or the process would not.
     #[error("the guest could not be held")]
     Ptrace(#[from] HoldError),
+    /// Each time some thread did not stop in time, and all were let go again.
+    #[error("the guest could not be held in {tries} tries")]
+    Stragglers {
+        /// How often it was tried.
+        tries: u32,
+        /// The last try.
+        #[source]
+        last: HoldError,
+    },
     /// The host's side of the map is no longer what it was.
     #[error("the process's mappings changed")]
     Mappings(#[source] host::HostError),
 }
 
-/// `freeze`: one pass and an audit read inside a hold of the guest.
+/// `freeze`: one pass and an audit read inside a hold of the guest. How long tries that were given
+/// up stalled it, in nanoseconds, goes into `stalls_ns`.
 ///
 /// # Errors
 /// [`NotHeld`]; all that happens after the guest was held is in [`Frozen`].
@@ -224,6 +222,7 @@ pub fn freeze(
     guardian: &mut Guardian,
     cells: &mut [Cell],
     passes: &mut Vec<Pass>,
+    stalls_ns: &mut Vec<u64>,
 ) -> Result<Frozen, NotHeld> {
     work.source.begin_pass().map_err(NotHeld::Mappings)?;
     let mut freezer = Freezer {
@@ -235,7 +234,7 @@ pub fn freeze(
         picks: Picks::new(),
     };
     match planned.kind {
-        HoldKind::Ptrace => freezer.by_ptrace(process, guardian),
+        HoldKind::Ptrace => freezer.by_ptrace(process, guardian, stalls_ns),
         HoldKind::Stop => freezer.by_stop(guardian),
     }
 }
@@ -261,109 +260,121 @@ struct Inside {
 }
 
 impl Freezer<'_> {
-    fn by_ptrace(&mut self, process: &Process, guardian: &mut Guardian) -> Result<Frozen, NotHeld> {
-        let at_most = Duration::from_nanos(self.planned.at_most_ns);
-        let limits = Limits {
-            stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
-            tries: 1,
-            pause: Duration::ZERO,
-            hold_at_most: at_most + GRACE,
-        };
-        let mut tries = 0;
-        let mut in_vain = Vec::new();
+    /// Holds by ptrace; tries again while some thread does not stop in time.
+    fn by_ptrace(
+        &mut self,
+        process: &Process,
+        guardian: &mut Guardian,
+        stalls_ns: &mut Vec<u64>,
+    ) -> Result<Frozen, NotHeld> {
+        let mut tries = 1;
         loop {
-            tries += 1;
-            let force = host::clock::monotonic_ns() + self.planned.at_most_ns;
-            match guardian.arm(force + 2 * nanos(GRACE)) {
-                // Its successor is asked, with a new deadline.
-                Err(GuardianError::Lost(_)) if tries < TRIES => continue,
-                armed => armed?,
-            }
-            let until = Instant::now() + at_most;
-            let held = hold::during(process, &limits, |hold| {
-                let threads = u32::try_from(hold.threads()).unwrap_or(u32::MAX);
-                let inside = self.inside(threads, until);
-                (inside, threads, hold.lasted())
-            });
-            // The guest goes on: whatever the guardian says now changes nothing of that.
-            let disarmed = guardian.disarm();
-            let ((inside, threads, lasted), held) = match held {
-                Ok(held) => held,
-                Err(HoldError::NotStopped { in_vain: stalls, stragglers, .. })
-                    if tries < TRIES && !self.work.stop.asked() =>
-                {
-                    let stragglers: Vec<String> =
-                        stragglers.iter().take(4).map(ToString::to_string).collect();
-                    let data = serde_json::json!({ "try": tries, "stragglers": stragglers,
-                                                   "stalls_ns": lengths(&stalls) });
+            let last = tries == TRIES || self.work.stop.asked();
+            match self.try_ptrace(process, guardian) {
+                Ok(mut frozen) => {
+                    frozen.hold.tries = tries;
+                    return Ok(frozen);
+                }
+                // Its successor is asked.
+                Err(NotHeld::Guardian(GuardianError::Lost(_))) if !last => {}
+                Err(NotHeld::Ptrace(error @ HoldError::NotStopped { stall, .. })) => {
+                    let stall = stall.map(|stall| nanos(stall.released - stall.began));
+                    let data = json!({ "try": tries, "why": error.to_string(), "stall_ns": stall });
                     self.work.log.add("hold-given-up", data);
-                    in_vain.extend(stalls);
+                    stalls_ns.extend(stall);
+                    if last {
+                        return Err(NotHeld::Stragglers { tries, last: error });
+                    }
                     thread::sleep(PAUSE);
-                    continue;
                 }
-                Err(HoldError::NotStopped { pid, within, stragglers, in_vain: stalls, .. }) => {
-                    in_vain.extend(stalls);
-                    return Err(
-                        HoldError::NotStopped { pid, within, tries, stragglers, in_vain }.into()
-                    );
-                }
-                Err(error) => return Err(error.into()),
-            };
-            let at =
-                |instant: Instant| nanos(instant.saturating_duration_since(self.work.log.origin()));
-            let hold = Hold {
-                kind: HoldKind::Ptrace,
-                began_ns: at(held.began),
-                held_ns: inside.held_ns,
-                released_ns: inside.released_ns,
-                ended_ns: at(held.released),
-                threads,
-                tries,
-                lasted: lasted && held.lasted,
-                budget_ns: self.planned.at_most_ns,
-                expected_ns: self.planned.expected_ns,
-            };
-            self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
-            let mut doubts = Vec::new();
-            if let Err(error) = disarmed {
-                doubts.push(format!("while the guest was held {error}"));
+                Err(error) => return Err(error),
             }
-            let Inside { audit, end, .. } = inside;
-            return Ok(Frozen { hold, audit, end, doubts, in_vain });
+            tries += 1;
         }
     }
 
+    /// One try, of which the guardian is told.
+    fn try_ptrace(
+        &mut self,
+        process: &Process,
+        guardian: &mut Guardian,
+    ) -> Result<Frozen, NotHeld> {
+        let at_most = Duration::from_nanos(self.planned.at_most_ns);
+        let limits = Limits {
+            stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
+            hold_at_most: at_most + GRACE,
+        };
+        let force = host::clock::monotonic_ns() + self.planned.at_most_ns;
+        guardian.arm(force + 2 * nanos(GRACE))?;
+        let until = Instant::now() + at_most;
+        let held = hold::during(process, &limits, |hold| {
+            let threads = u32::try_from(hold.threads()).unwrap_or(u32::MAX);
+            (self.inside(threads, until), threads, hold.lasted())
+        });
+        // The guest goes on: whatever the guardian says now changes nothing of that.
+        let disarmed = guardian.disarm();
+        let ((inside, threads, lasted), held) = held?;
+        let origin = self.work.log.origin();
+        let at = |instant: Instant| nanos(instant.saturating_duration_since(origin));
+        let lasted = lasted && held.lasted;
+        let (began_ns, ended_ns) = (at(held.began), at(held.released));
+        let hold = self.hold(HoldKind::Ptrace, threads, lasted, (began_ns, ended_ns), &inside);
+        Ok(self.frozen(hold, inside, disarmed.err(), false))
+    }
+
+    /// Holds by QEMU's `stop` and `cont`.
     fn by_stop(&mut self, guardian: &mut Guardian) -> Result<Frozen, NotHeld> {
         let at_most = Duration::from_nanos(self.planned.at_most_ns);
         let until = Instant::now() + at_most;
         let force = host::clock::monotonic_ns() + self.planned.at_most_ns + nanos(GRACE);
         let stopped = guardian.stop(force)?;
         let inside = self.inside(0, until);
-        let mut doubts = Vec::new();
-        let continued = guardian.cont(force).map_err(|error| {
-            doubts.push(format!("while the guest was held {error}"));
-        });
-        let now = self.work.now();
+        let continued = guardian.cont(force);
         let log = self.work.log;
         let (lasted, ended_ns) = match &continued {
             Ok(continued) => (continued.lasted, log.since_ns(continued.ended_ns)),
-            Err(()) => (false, now),
+            // Its successor let the guest go; nobody can say that it was held all the time.
+            Err(_) => (false, log.now_ns()),
         };
-        let hold = Hold {
-            kind: HoldKind::Stop,
-            began_ns: log.since_ns(stopped.began_ns),
+        let span = (log.since_ns(stopped.began_ns), ended_ns);
+        let hold = self.hold(HoldKind::Stop, 0, lasted, span, &inside);
+        Ok(self.frozen(hold, inside, continued.err(), stopped.asked))
+    }
+
+    /// The hold for the record; `span` is from the first that the guest can have felt to the last.
+    fn hold(
+        &self,
+        kind: HoldKind,
+        threads: u32,
+        lasted: bool,
+        span: (u64, u64),
+        inside: &Inside,
+    ) -> Hold {
+        Hold {
+            kind,
+            began_ns: span.0,
             held_ns: inside.held_ns,
             released_ns: inside.released_ns,
-            ended_ns,
-            threads: 0,
+            ended_ns: span.1,
+            threads,
             tries: 1,
             lasted,
             budget_ns: self.planned.at_most_ns,
             expected_ns: self.planned.expected_ns,
-        };
+        }
+    }
+
+    /// Tells that the guest goes on, and gathers what is known of the hold.
+    fn frozen(
+        &self,
+        hold: Hold,
+        inside: Inside,
+        doubt: Option<GuardianError>,
+        told_qemu: bool,
+    ) -> Frozen {
         self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
-        let Inside { audit, end, .. } = inside;
-        Ok(Frozen { hold, audit, end, doubts, in_vain: Vec::new() })
+        let doubt = doubt.map(|error| format!("while the guest was held {error}"));
+        Frozen { hold, audit: inside.audit, end: inside.end, doubt, told_qemu }
     }
 
     /// The pass and the audit read: the guest is held.

@@ -9,9 +9,9 @@
 use crate::copy::{Cell, Cut, Scratch, Setting};
 use crate::event::{Event, Observer, Phase};
 use crate::role::{self, Peer, Role};
+use crate::seal::table::Table;
 use crate::seal::{self, Image, SealError, Slot};
 use crate::stop::Stop;
-use crate::table::Table;
 use crate::told;
 use evidence::digest::Digest;
 use evidence::manifest;
@@ -236,7 +236,7 @@ impl Work {
     /// The blocks that are not sealed yet.
     fn open_slots(&self) -> std::io::Result<Vec<Slot>> {
         let mut slots = Vec::new();
-        for number in 0..self.table.len()? {
+        for number in 0..self.table.count()? {
             let entry = self.table.get(number)?;
             if !entry.sealed {
                 slots.push(Slot { number, block: entry.block });

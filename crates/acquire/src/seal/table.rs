@@ -72,16 +72,8 @@ impl Table {
     ///
     /// # Errors
     /// The file system's.
-    pub fn len(&self) -> io::Result<u64> {
+    pub fn count(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len() / ENTRY as u64)
-    }
-
-    /// Whether there are none.
-    ///
-    /// # Errors
-    /// The file system's.
-    pub fn is_empty(&self) -> io::Result<bool> {
-        Ok(self.len()? == 0)
     }
 
     /// Writes what is known of `cells`, and takes their states, which the table has then; gives
@@ -202,7 +194,7 @@ mod tests {
         let table = table();
         table.put(3, &entry()).unwrap();
         assert_eq!(table.get(3).unwrap(), entry());
-        assert_eq!(table.len().unwrap(), 4);
+        assert_eq!(table.count().unwrap(), 4);
         // A hole of the file is no block.
         assert!(table.get(2).is_err() && table.get(4).is_err());
     }
