@@ -5,6 +5,7 @@ use crate::speed::Speed;
 use evidence::format::Format;
 use evidence::manifest::Class;
 pub use evidence::manifest::{HoldKind, Method, StoreKind};
+use evidence::state::PAGE;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -453,7 +454,7 @@ fn reading(facts: &Facts) -> Option<Duration> {
     let audit =
         u128::from(speed.page_ns) * u128::from(AUDIT_PAGES) / u128::from(speed.workers.max(1));
     let total = u64::try_from(read + audit).unwrap_or(u64::MAX);
-    let pages = u32::try_from(facts.swapped_bytes / 4096).unwrap_or(u32::MAX);
+    let pages = u32::try_from(facts.swapped_bytes / PAGE).unwrap_or(u32::MAX);
     Some(Duration::from_nanos(total).saturating_add(SWAP_PAGE.saturating_mul(pages)))
 }
 
