@@ -323,6 +323,7 @@ fn blank_manifest() -> Result<Manifest> {
         tau: None,
         hold: None,
         audit: None,
+        tracking: None,
         case: Case { number: Some("2026-117".into()), ..Case::default() },
         operator: Operator {
             uid: 0,

@@ -4,7 +4,7 @@
 use crate::event::{Event, Observer, Phase};
 use crate::log::Log;
 use crate::look::Looked;
-use crate::plan::{Plan, StoreKind};
+use crate::plan::{Method, Plan, StoreKind};
 use crate::record;
 use crate::seal::SealError;
 use crate::stop::Stop;
@@ -124,7 +124,7 @@ fn reserve(
         tell.event(Event::Progress { phase: Phase::Reserve, pass: None, done_bytes, total_bytes });
     };
     let store = RamStore::reserve(segments, &looked.resident, &limit, progress, || stop.asked())?;
-    if plan.hold.is_some() {
+    if plan.method == Method::Freeze {
         // A page of the store in swap would be waited for while the guest is held.
         store.lock().map_err(|source| StoreError::Os {
             what: "locking the store in memory (RLIMIT_MEMLOCK, CAP_IPC_LOCK)",

@@ -7,7 +7,7 @@
 
 use crate::find::Target;
 use crate::log::{Log, Note, Notes};
-use crate::monitor::{AskError, Asked, AskedAgain, Monitor, Whom};
+use crate::monitor::{AskError, Asked, AskedAgain, Monitor, QUERY, Whom};
 use crate::role::{self, Peer, Role};
 use crate::undo::{Line, Undo, UndoError, Who};
 use crate::{Failure, plan, told};
@@ -15,6 +15,7 @@ use evidence::manifest;
 use host::Process;
 use host::channel::{self, Channel, ChannelError};
 use host::clock::monotonic_ns;
+use qemu::facts::BlockTimes;
 use qemu::qmp::Change;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -45,6 +46,8 @@ enum Ask {
     Look,
     /// What is asked once more after the last read.
     Again,
+    /// What the block devices have done so far.
+    BlockTimes,
     /// A hold by ptrace begins now and ends by this time of CLOCK_MONOTONIC.
     Arm { until_ns: u64 },
     /// It has ended.
@@ -74,6 +77,8 @@ enum Reply {
     Looked(Box<Asked>),
     /// To [`Ask::Again`].
     Again(Box<AskedAgain>),
+    /// To [`Ask::BlockTimes`].
+    BlockTimes(Vec<BlockTimes>),
     /// To [`Ask::Stop`].
     Stopped(Stopped),
     /// To [`Ask::Cont`].
@@ -310,6 +315,7 @@ impl Keeper {
                 Ok(Reply::Looked(Box::new(self.monitor()?.look(&whom)?)))
             }
             Ask::Again => Ok(Reply::Again(Box::new(self.monitor()?.again()?))),
+            Ask::BlockTimes => Ok(Reply::BlockTimes(self.monitor()?.block_times()?)),
             Ask::Arm { until_ns } => {
                 self.announce(&Line::Ptrace { until_ns })?;
                 self.expired = false;
@@ -573,6 +579,17 @@ impl Guardian {
     pub fn again(&mut self) -> Result<AskedAgain, GuardianError> {
         match self.ask(&Ask::Again, LOOK)? {
             Reply::Again(asked) => Ok(*asked),
+            other => self.out_of_turn(&other),
+        }
+    }
+
+    /// What the block devices have done so far.
+    ///
+    /// # Errors
+    /// [`GuardianError`].
+    pub fn block_times(&mut self) -> Result<Vec<BlockTimes>, GuardianError> {
+        match self.ask(&Ask::BlockTimes, QUERY + PROMPT)? {
+            Reply::BlockTimes(times) => Ok(times),
             other => self.out_of_turn(&other),
         }
     }

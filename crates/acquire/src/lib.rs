@@ -32,7 +32,8 @@ use crate::guardian::{Guardian, GuardianError, Parting};
 use crate::log::Log;
 use crate::look::Looked;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
-use crate::plan::{Plan, Refusal, Wish};
+use crate::method::track;
+use crate::plan::{Plan, PlannedHold, PlannedTracking, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
 use crate::seal::process::Sealer;
 use crate::stop::Stop;
@@ -234,6 +235,8 @@ struct Run {
     warnings: Vec<String>,
     /// The hold and what was done in it.
     held: Option<Held>,
+    /// How the guest was followed.
+    tracking: Option<manifest::Tracking>,
     /// How long tries to hold the guest stalled it in vain, in nanoseconds.
     stalls_ns: Vec<u64>,
     /// What was done to the guest in order to hold it.
@@ -280,6 +283,7 @@ impl Run {
             readers: Vec::new(),
             warnings: Vec::new(),
             held: None,
+            tracking: None,
             stalls_ns: Vec::new(),
             changes: Vec::new(),
             parting: Parting::default(),
@@ -316,9 +320,10 @@ impl Run {
             observer: tell,
         };
         log.add("capture", json!({ "blocks": self.cells.len(), "workers": work.workers }));
-        let result = match plan.hold {
-            None => process::live(&work, &mut self.cells, &mut self.passes),
-            Some(_) => self.freeze(&work, looked, plan, guarded, guardian),
+        let result = match (&plan.hold, &plan.tracking) {
+            (Some(held), Some(tracking)) => self.track(&work, looked, held, tracking, guardian),
+            (Some(held), None) => self.freeze(&work, looked, held, guarded, guardian),
+            (None, _) => process::live(&work, &mut self.cells, &mut self.passes),
         };
         for pass in &self.passes {
             log.add(
@@ -346,11 +351,10 @@ impl Run {
         &mut self,
         work: &Work<'_>,
         looked: &Looked,
-        plan: &Plan,
+        planned: &PlannedHold,
         guarded: &Guarded,
         guardian: &mut Guardian,
     ) -> Result<(), Cut<PassError>> {
-        let Some(planned) = &plan.hold else { return Ok(()) };
         if let Err(error) = guarded.top_up(looked) {
             self.warnings.push(format!(
                 "memory that the guest touched lately was not set aside before the hold: {}",
@@ -366,8 +370,8 @@ impl Run {
             Err(NotHeld::Guardian(_)) => record::no_hold_change(planned.kind),
             Err(_) => None,
         });
-        if let Err(NotHeld::Ptrace(error @ HoldError::NotFreed { .. })) = &frozen {
-            guardian.not_as_found.get_or_insert(error.to_string());
+        if let Err(error) = &frozen {
+            note_not_freed(error, guardian);
         }
         let frozen = frozen.map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
         let Frozen { hold, audit, end, doubt, .. } = frozen;
@@ -376,6 +380,46 @@ impl Run {
             work.log.add("audit", json!({ "audit": audit, "span": span }));
         }
         self.warnings.extend(doubt);
+        self.hold_ended(hold, audit);
+        end
+    }
+
+    /// Passes over the running guest, then a hold for the rest.
+    fn track(
+        &mut self,
+        work: &Work<'_>,
+        looked: &Looked,
+        held: &PlannedHold,
+        planned: &PlannedTracking,
+        guardian: &mut Guardian,
+    ) -> Result<(), Cut<PassError>> {
+        let process = &looked.target.process;
+        let (cells, passes, stalls) = (&mut self.cells, &mut self.passes, &mut self.stalls_ns);
+        let tracked = track::track(work, process, held, planned, guardian, cells, passes, stalls);
+        self.changes.extend(record::stalls_change(&self.stalls_ns));
+        self.changes.extend(tracked.tracking.as_ref().map(record::tracking_change));
+        if let Err(Cut::Failed(PassError::NotHeld(error))) = &tracked.end {
+            note_not_freed(error, guardian);
+        }
+        if planned.rounds_unheld > 0 {
+            let text = "the marks of written pages were cleared with the guest running, as asked: \
+                        writes were lost";
+            self.disturbances.push(text.to_owned());
+        }
+        self.warnings.extend(tracked.doubts);
+        self.tracking = tracked.tracking;
+        if let Some(hold) = tracked.hold {
+            work.log.add("hold", &hold);
+            if let Some((audit, span)) = &tracked.audit {
+                work.log.add("audit", json!({ "audit": audit, "span": span }));
+            }
+            self.hold_ended(hold, tracked.audit);
+        }
+        tracked.end
+    }
+
+    /// Keeps what is known of the hold in which the image was taken.
+    fn hold_ended(&mut self, hold: manifest::Hold, audit: Option<(manifest::Audit, Span)>) {
         if audit.as_ref().is_some_and(|(audit, _)| audit.pages == 0) {
             let text = "no page was read again in the hold: the stall budget was used up";
             self.warnings.push(text.to_owned());
@@ -383,7 +427,6 @@ impl Run {
         let held = Held { hold, audit };
         self.disturbances.extend(held.void().map(str::to_owned));
         self.held = Some(held);
-        end
     }
 
     /// The class that the image earned.
@@ -688,6 +731,7 @@ impl Run {
             class,
             hold: self.held.as_ref().map(|held| held.hold.clone()),
             audit: self.held.as_ref().and_then(|held| held.audit.clone()),
+            tracking: self.tracking,
             changes: self.changes,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
             processes: processes(&self.parting, &self.sealers),
@@ -708,6 +752,13 @@ impl Run {
             Err(e) => return Err(fail(Box::new(e))),
         };
         Ok(Done { ending, exhibit: Some(exhibit) })
+    }
+}
+
+/// A thread that the kernel did not let go is no longer as it was found.
+fn note_not_freed(error: &NotHeld, guardian: &mut Guardian) {
+    if let NotHeld::Ptrace(error @ HoldError::NotFreed { .. }) = error {
+        guardian.not_as_found.get_or_insert(error.to_string());
     }
 }
 

@@ -5,8 +5,8 @@ use crate::find::{self, Row, Target};
 use crate::log::{Log, Notes};
 use crate::map::{self, Located};
 use crate::monitor::{Asked, AskedAgain, Monitor, VmFacts};
-use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal};
-use crate::{Failure, Request, draft, speed};
+use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, TrackFacts};
+use crate::{Failure, Request, draft, speed, told};
 use evidence::format::{self, Arch, Format};
 use evidence::map::Mapping;
 use evidence::{GuestRange, MemoryMap};
@@ -14,7 +14,7 @@ use host::guest_memory::{Held, Usage};
 use host::{GuestMemory, RamStore};
 use serde_json::json;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A VM, looked at.
 pub struct Looked {
@@ -171,6 +171,7 @@ fn facts(
         migration: qemu.migration,
         watchdogs: qemu.watchdogs,
         hold: hold_facts(target, memory, resident, &usage),
+        track: track_facts(memory),
         max_rate: request.max_rate,
         image_bytes: located.map.imaged_len(),
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
@@ -216,6 +217,26 @@ fn hold_facts(
         threads: u32::try_from(threads).unwrap_or(u32::MAX),
         lock_limit_bytes: host::privilege::lock_limit(),
         speed: speed::measure(memory, &sampled, crate::cpus()),
+    }
+}
+
+/// Whether the kernel tracks what the guest writes, tried out on memory of our own.
+fn track_facts(memory: &GuestMemory) -> TrackFacts {
+    let unfit = |why: String| TrackFacts { unfit: Some(why), ..TrackFacts::default() };
+    if !cfg!(target_arch = "x86_64") {
+        return unfit("soft-dirty is known to be right on x86-64 hosts only".to_owned());
+    }
+    if let Some((range, why)) = memory.untracked() {
+        return unfit(format!("{range}: {why}"));
+    }
+    let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    match host::soft_dirty::probe() {
+        Ok(probe) => TrackFacts {
+            unfit: None,
+            clear_a_gib_ns: nanos(probe.clear_a_gib),
+            scan_a_gib_ns: nanos(probe.scan_a_gib),
+        },
+        Err(error) => unfit(told(&error)),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use crate::log::Notes;
 use crate::told;
-use qemu::facts::Facts;
+use qemu::facts::{BlockTimes, Facts};
 use qemu::qmp::{Change, Exchange};
 use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
@@ -187,6 +187,14 @@ impl Monitor {
     pub fn run_state(&mut self) -> Result<String, AskError> {
         let status = self.facts().status().map_err(|error| AskError::Query(told(&error)))?;
         Ok(status.status)
+    }
+
+    /// What the block devices have done so far.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn block_times(&mut self) -> Result<Vec<BlockTimes>, AskError> {
+        self.facts().block_times().map_err(|error| AskError::Query(told(&error)))
     }
 
     /// Stops the guest, or lets it go on.

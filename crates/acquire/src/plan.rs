@@ -11,8 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// The methods of the design that this version does not have, each with what it would give.
-const NOT_YET: [(Method, &str); 4] = [
-    (Method::Track, "an image of one instant, the guest held for milliseconds"),
+const NOT_YET: [(Method, &str); 3] = [
     (Method::Snapshot, "QEMU's own snapshot of one instant, by userfaultfd"),
     (Method::Pmemsave, "QEMU's own copy in slices"),
     (Method::Dump, "QEMU's own dump, the guest stopped throughout"),
@@ -47,7 +46,8 @@ pub enum HoldWish {
 const PTRACE_AT_MOST: Duration = Duration::from_secs(1);
 
 /// Pages that the audit read takes at most.
-pub const AUDIT_PAGES: u64 = 4096;
+pub const AUDIT_PAGES: u64 = AUDIT_PAGES_32 as u64;
+const AUDIT_PAGES_32: u32 = 4096;
 
 /// What a hold takes beside the reading, as planned: the last measurements are in
 /// docs/measurements.md. By ptrace for each thread; by QEMU, which writes its disks out.
@@ -69,6 +69,11 @@ pub struct Wish {
     pub stall_budget: Duration,
     /// How the guest may be held.
     pub hold: HoldWish,
+    /// `track`: the time within which a device's write is assumed to reach memory.
+    pub io_horizon: Duration,
+    /// `track`: so many times the marks of written pages are looked at and cleared with the guest
+    /// running, which loses writes. For the control of a benchmark only; the class is then `none`.
+    pub rounds_unheld: u32,
     /// The image's format.
     pub format: Format,
     /// The store asked for.
@@ -86,6 +91,8 @@ impl Default for Wish {
             consistency: Consistency::default(),
             stall_budget: Duration::from_millis(100),
             hold: HoldWish::default(),
+            io_horizon: Duration::from_secs(1),
+            rounds_unheld: 0,
             format: Format::Elf,
             store: None,
             swap_in: false,
@@ -127,6 +134,17 @@ pub struct HoldFacts {
     pub writers: Vec<String>,
 }
 
+/// What is known of tracking written pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct TrackFacts {
+    /// Why it cannot be done, if it cannot.
+    pub unfit: Option<String>,
+    /// Nanoseconds to clear the marks of 1 GiB, tried out on memory of our own.
+    pub clear_a_gib_ns: u64,
+    /// Nanoseconds to look at the marks of 1 GiB, one thread.
+    pub scan_a_gib_ns: u64,
+}
+
 /// Everything that the decision rests on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Facts {
@@ -140,6 +158,8 @@ pub struct Facts {
     pub watchdogs: Vec<String>,
     /// What is known of a hold beforehand.
     pub hold: HoldFacts,
+    /// What is known of tracking written pages.
+    pub track: TrackFacts,
     /// The most bytes of guest memory that are read in a second, if the operator set a limit.
     pub max_rate: Option<u64>,
     /// Bytes of guest memory that the image covers.
@@ -183,6 +203,23 @@ pub struct PlannedHold {
     pub at_most_ns: u64,
 }
 
+/// Following the guest, as planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedTracking {
+    /// Pages are read no sooner after they were seen written, in nanoseconds.
+    pub io_horizon_ns: u64,
+    /// How often the marks of written pages are cleared at most.
+    pub clears_at_most: u32,
+    /// How long clearing them is expected to take, in nanoseconds.
+    pub clear_expected_ns: u64,
+    /// Locked memory for what is read in the last hold, in bytes.
+    pub buffer_bytes: u64,
+    /// How fast memory is read.
+    pub speed: Speed,
+    /// [`Wish::rounds_unheld`]
+    pub rounds_unheld: u32,
+}
+
 /// What will be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
@@ -202,6 +239,8 @@ pub struct Plan {
     pub format: Format,
     /// How the guest is held; absent when it is not.
     pub hold: Option<PlannedHold>,
+    /// How the guest is followed; absent when it is not.
+    pub tracking: Option<PlannedTracking>,
     /// Bytes that the exhibit may need on disk.
     pub output_bytes: u64,
     /// What the run changes on the host or in QEMU.
@@ -250,7 +289,7 @@ fn output_bytes(facts: &Facts) -> u64 {
 pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     refuse_unreadable(facts)?;
     refuse_swap(facts, wish)?;
-    let Choice { method, why, rejected, hold } = method(facts, wish)?;
+    let Choice { method, why, rejected, hold, tracking } = method(facts, wish)?;
     if let Some(reason) = &facts.format_unfit {
         return Err(Refusal::new(reason.clone(), &["--format lime", "--format raw"]));
     }
@@ -266,15 +305,20 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     }
     Ok(Plan {
         method,
-        class: if method == Method::Freeze { Class::Instantaneous } else { Class::None },
+        class: match method {
+            Method::Freeze => Class::Instantaneous,
+            Method::Track if wish.rounds_unheld == 0 => Class::QuasiInstantaneous,
+            _ => Class::None,
+        },
         why,
         rejected,
         store,
         store_why,
         format: wish.format,
         hold,
+        tracking,
         output_bytes,
-        changes: changes(facts, store, hold),
+        changes: changes(facts, store, hold, tracking),
         warnings: warnings(facts, hold),
     })
 }
@@ -326,65 +370,206 @@ struct Choice {
     why: String,
     rejected: Vec<Rejected>,
     hold: Option<PlannedHold>,
+    tracking: Option<PlannedTracking>,
 }
 
+/// The methods of this version, the one that `auto` likes best first.
+const METHODS: [Method; 3] = [Method::Freeze, Method::Track, Method::Live];
+
 fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
-    let mut rejected: Vec<Rejected> = NOT_YET
-        .iter()
-        .map(|(method, gives)| Rejected {
-            method: *method,
-            reason: format!("not in this version ({gives})"),
-        })
-        .collect();
-    let reject = |method, reason: &str| Rejected { method, reason: reason.to_owned() };
-    let smeared = "its image is smeared over the time of reading, and one instant is asked for";
-    match (wish.method, wish.consistency) {
-        (Some(method @ Method::Live), _) => {
-            rejected.push(reject(Method::Freeze, "another method was asked for by name"));
-            let why = format!("asked for by name: --method {}", method.word());
-            Ok(Choice { method, why, rejected, hold: None })
+    let not_yet = NOT_YET.iter().map(|(method, gives)| Rejected {
+        method: *method,
+        reason: format!("not in this version ({gives})"),
+    });
+    let mut rejected: Vec<Rejected> = not_yet.collect();
+    let Some(method) = wish.method else { return auto(facts, wish, rejected) };
+    if !METHODS.contains(&method) {
+        let reason = format!("the method {} is not in this version", method.word());
+        return Err(Refusal::new(reason, &["--method freeze", "--method track", "--method live"]));
+    }
+    let (hold, tracking) = ways(facts, wish, method, 1)?;
+    let others = METHODS.into_iter().filter(|other| *other != method);
+    rejected.extend(others.map(|method| Rejected {
+        method,
+        reason: "another method was asked for by name".to_owned(),
+    }));
+    let why = format!("asked for by name: --method {}", method.word());
+    Ok(Choice { method, why, rejected, hold, tracking })
+}
+
+/// How the guest is held and followed by `method`, when `margin` times what is expected is allowed.
+fn ways(
+    facts: &Facts,
+    wish: &Wish,
+    method: Method,
+    margin: u32,
+) -> Result<(Option<PlannedHold>, Option<PlannedTracking>), Refusal> {
+    match method {
+        Method::Freeze => Ok((Some(freeze(facts, wish, margin)?), None)),
+        Method::Track => {
+            track(facts, wish, margin).map(|(hold, tracking)| (Some(hold), Some(tracking)))
         }
-        (Some(method @ Method::Freeze), _) => {
-            let hold = freeze(facts, wish, 1)?;
-            rejected.push(reject(Method::Live, "another method was asked for by name"));
-            let why = format!("asked for by name: --method {}", method.word());
-            Ok(Choice { method, why, rejected, hold: Some(hold) })
-        }
-        (Some(method), _) => Err(Refusal::new(
-            format!("the method {} is not in this version", method.word()),
-            &["--method freeze", "--method live"],
-        )),
-        (None, consistency) => {
-            // A prediction can be off by half and the budget still be kept.
-            match (freeze(facts, wish, 2), consistency) {
-                (Ok(hold), _) => {
-                    rejected.push(reject(
-                        Method::Live,
-                        "freeze gives one instant within the stall budget",
-                    ));
-                    let why = "the shortest way to an image of one instant: its hold is expected to be \
-                               at most half the stall budget";
-                    let why = why.to_owned();
-                    Ok(Choice { method: Method::Freeze, why, rejected, hold: Some(hold) })
-                }
-                (Err(refusal), Consistency::Any) => {
-                    rejected.push(reject(Method::Freeze, &refusal.reason));
-                    let why =
-                        "--consistency any allows a smeared image, and freeze is not possible";
-                    Ok(Choice { method: Method::Live, why: why.to_owned(), rejected, hold: None })
-                }
-                (Err(refusal), Consistency::PointInTime) => {
-                    rejected.push(reject(Method::Freeze, &refusal.reason));
-                    rejected.push(reject(Method::Live, smeared));
-                    let mut remedies = refusal.remedies;
-                    remedies.extend(["--consistency any".to_owned(), "--method live".to_owned()]);
-                    let reason =
-                        "no method gives an image of one instant within the stall budget here";
-                    Err(Refusal { reason: reason.to_owned(), rejected, remedies })
-                }
+        _ => Ok((None, None)),
+    }
+}
+
+/// `freeze`, else `track`, else what is asked for.
+fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choice, Refusal> {
+    let mut remedies = Vec::new();
+    for (method, why) in [
+        (
+            Method::Freeze,
+            "the shortest way to an image of one instant: its hold is expected to be at most half the \
+             stall budget",
+        ),
+        (
+            Method::Track,
+            "an image of one instant with the least stall: what the guest writes is followed while it \
+             runs, and its last hold is expected to be at most half the stall budget",
+        ),
+    ] {
+        // A prediction can be off by half and the budget still be kept.
+        match ways(facts, wish, method, 2) {
+            Ok((hold, tracking)) => {
+                let later = METHODS.into_iter().skip_while(|other| *other != method).skip(1);
+                rejected.extend(later.map(|other| Rejected {
+                    method: other,
+                    reason: format!("{} gives one instant within the stall budget", method.word()),
+                }));
+                return Ok(Choice { method, why: why.to_owned(), rejected, hold, tracking });
+            }
+            Err(refusal) => {
+                rejected.push(Rejected { method, reason: refusal.reason });
+                remedies.extend(refusal.remedies);
             }
         }
     }
+    if wish.consistency == Consistency::Any {
+        let why = "--consistency any allows a smeared image, and no method gives one instant here";
+        let (method, why) = (Method::Live, why.to_owned());
+        return Ok(Choice { method, why, rejected, hold: None, tracking: None });
+    }
+    rejected.push(Rejected {
+        method: Method::Live,
+        reason: "its image is smeared over the time of reading, and one instant is asked for"
+            .to_owned(),
+    });
+    remedies.extend(["--consistency any".to_owned(), "--method live".to_owned()]);
+    let mut seen = Vec::new();
+    remedies.retain(|remedy| {
+        !seen.contains(remedy) && {
+            seen.push(remedy.clone());
+            true
+        }
+    });
+    let reason = "no method gives an image of one instant within the stall budget here".to_owned();
+    Err(Refusal { reason, rejected, remedies })
+}
+
+/// The least locked memory for the last pass of `track` that is worth trying.
+const LEAST_BUFFER: u64 = 4 << 20;
+
+/// How often `track` clears the marks: more rounds than it ever makes.
+const CLEARS: u32 = 16;
+
+/// What clearing costs in QEMU's process, measured in our own: KVM drops its page tables too.
+const CLEAR_IN_QEMU: u32 = 2;
+
+/// The last hold of `track` and what goes before it, when `margin` times what is expected is
+/// allowed. How much is left to be read in the hold, only the guest can show.
+fn track(
+    facts: &Facts,
+    wish: &Wish,
+    margin: u32,
+) -> Result<(PlannedHold, PlannedTracking), Refusal> {
+    if let Some(reason) = &facts.track.unfit {
+        return Err(Refusal::new(
+            format!("what the guest writes cannot be tracked: {reason}"),
+            &[],
+        ));
+    }
+    if !facts.hold.writers.is_empty() {
+        let reason = format!(
+            "{} may write guest memory past QEMU's page tables, which track does not see",
+            facts.hold.writers.join(", ")
+        );
+        return Err(Refusal::new(reason, &[]));
+    }
+    if let Some(pid) = facts.hold.traced_by {
+        let reason = format!("process {pid} traces QEMU already, and track holds by ptrace");
+        return Err(Refusal::new(reason, &["end the debugger"]));
+    }
+    if wish.hold == HoldWish::Stop {
+        let reason = "track holds the guest many times, each time shortly: by ptrace only";
+        return Err(Refusal::new(reason, &["--hold auto", "--hold ptrace"]));
+    }
+    let Some(speed) = facts.hold.speed else {
+        let reason = "how fast the guest's memory is read could not be measured: no block of it is \
+                      wholly in memory";
+        return Err(Refusal::new(reason, &[]));
+    };
+    let of_gib = |ns: u64, bytes: u64| {
+        Duration::from_nanos(
+            u64::try_from((u128::from(ns) * u128::from(bytes)) >> 30).unwrap_or(u64::MAX),
+        )
+    };
+    let scan = of_gib(facts.track.scan_a_gib_ns, facts.image_bytes) / speed.workers.max(1);
+    let clear = of_gib(facts.track.clear_a_gib_ns, facts.resident_bytes) * CLEAR_IN_QEMU;
+    let audit = Duration::from_nanos(speed.page_ns) * AUDIT_PAGES_32 / speed.workers.max(1);
+    let expected = overhead(facts, HoldKind::Ptrace) + scan + clear.max(audit);
+    let allowed = wish.stall_budget.min(ptrace_limit(facts));
+    if expected * margin > allowed {
+        let reason = format!(
+            "a hold in which the marks of written pages are looked at and cleared is expected to be \
+             {}{}, and {} is allowed",
+            millis(expected),
+            if margin > 1 { ", and twice that must be allowed" } else { "" },
+            millis(allowed),
+        );
+        let mut remedies = Vec::new();
+        let wanted = expected.mul_f64(1.2) * margin;
+        if wanted < ptrace_limit(facts) {
+            remedies.push(format!("--stall-budget {}ms", (wanted.as_millis() / 50 + 1) * 50));
+        }
+        return Err(Refusal { reason, rejected: Vec::new(), remedies });
+    }
+    let buffer_bytes = buffer(facts, wish, allowed, speed)?;
+    let hold = PlannedHold {
+        kind: HoldKind::Ptrace,
+        expected_ns: nanos(expected),
+        at_most_ns: nanos(allowed),
+    };
+    let tracking = PlannedTracking {
+        io_horizon_ns: nanos(wish.io_horizon),
+        // What a thread of the kernel writes between the look and the clearing would be lost.
+        clears_at_most: if facts.hold.vhost_in_kernel { 1 } else { CLEARS },
+        clear_expected_ns: nanos(clear),
+        buffer_bytes,
+        speed,
+        rounds_unheld: wish.rounds_unheld,
+    };
+    Ok((hold, tracking))
+}
+
+/// Locked memory for what is read in the last hold: as much as can be read in it.
+fn buffer(facts: &Facts, wish: &Wish, allowed: Duration, speed: Speed) -> Result<u64, Refusal> {
+    let readable = u128::from(speed.bytes_per_s) * allowed.as_nanos() / 1_000_000_000;
+    let readable = u64::try_from(readable).unwrap_or(u64::MAX).max(LEAST_BUFFER);
+    let in_ram =
+        facts.reserve_bytes <= facts.ram_limit_bytes && wish.store != Some(StoreKind::Disk);
+    let store = if in_ram { facts.reserve_bytes } else { 0 };
+    let room = (facts.ram_limit_bytes - store.min(facts.ram_limit_bytes)).max(LEAST_BUFFER);
+    let bytes = readable.min(facts.image_bytes.max(LEAST_BUFFER)).min(room);
+    let Some(limit) = facts.hold.lock_limit_bytes.filter(|limit| *limit < bytes) else {
+        return Ok(bytes);
+    };
+    if limit >= LEAST_BUFFER {
+        return Ok(limit);
+    }
+    let reason = format!(
+        "track locks {LEAST_BUFFER} bytes in memory at least, and only {limit} may be locked"
+    );
+    Err(Refusal::new(reason, &["run as root, with CAP_IPC_LOCK, or raise `ulimit -l`"]))
 }
 
 /// The hold of `freeze`, when `margin` times its expected length is within the stall budget.
@@ -589,7 +774,12 @@ fn store(facts: &Facts, wish: &Wish, method: Method) -> Result<(StoreKind, Strin
     }
 }
 
-fn changes(facts: &Facts, store: StoreKind, hold: Option<PlannedHold>) -> Vec<String> {
+fn changes(
+    facts: &Facts,
+    store: StoreKind,
+    hold: Option<PlannedHold>,
+    tracking: Option<PlannedTracking>,
+) -> Vec<String> {
     let queries = match hold {
         Some(PlannedHold { kind: HoldKind::Stop, .. }) if facts.run_state == "running" => {
             "QEMU is told to stop the guest and to let it go on: its clock stands meanwhile, its disks \
@@ -604,6 +794,14 @@ fn changes(facts: &Facts, store: StoreKind, hold: Option<PlannedHold>) -> Vec<St
     if let Some(PlannedHold { kind: HoldKind::Ptrace, .. }) = hold {
         changes.push(
             "QEMU's threads stand still during the hold; the guest's clock jumps by as much"
+                .to_owned(),
+        );
+    }
+    if tracking.is_some() {
+        changes.push(
+            "the kernel's marks of written pages (soft-dirty) of QEMU's process are cleared: whoever \
+             else uses them, such as CRIU, is misled; the guest's first write to each page after that \
+             takes a page fault"
                 .to_owned(),
         );
     }
@@ -659,6 +857,7 @@ mod tests {
             confidential: None,
             migration: None,
             watchdogs: Vec::new(),
+            track: TrackFacts { unfit: Some("not here".into()), ..TrackFacts::default() },
             hold: HoldFacts {
                 threads: 5,
                 speed: Some(Speed {
@@ -706,7 +905,7 @@ mod tests {
         let any = Wish { consistency: Consistency::Any, ..Wish::default() };
         let plan = choose(&facts(), &any).unwrap();
         assert_eq!((plan.method, plan.class), (Method::Live, Class::None));
-        assert_eq!(plan.rejected.len(), NOT_YET.len() + 1);
+        assert_eq!(plan.rejected.len(), NOT_YET.len() + 2);
         let freeze = plan.rejected.iter().find(|r| r.method == Method::Freeze).unwrap();
         assert!(freeze.reason.contains("ms"), "{freeze:?}");
     }

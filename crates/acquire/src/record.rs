@@ -89,6 +89,8 @@ pub struct Story<'a> {
     pub hold: Option<manifest::Hold>,
     /// The audit read in it, and when.
     pub audit: Option<(manifest::Audit, Span)>,
+    /// How the guest was followed.
+    pub tracking: Option<manifest::Tracking>,
     /// What was done to the guest in order to hold it.
     pub changes: Vec<Change>,
     /// What may weaken the claim of one instant.
@@ -144,6 +146,7 @@ impl Story<'_> {
             tau: self.tau(),
             hold: self.hold.clone(),
             audit: self.audit.as_ref().map(|(audit, _)| audit.clone()),
+            tracking: self.tracking.clone(),
             case: case(&self.request.case),
             operator: operator(),
             clock: self.clock(),
@@ -156,7 +159,7 @@ impl Story<'_> {
             parameters: self.parameters(),
             window: self.window(cells),
             passes: self.passes.iter().map(|pass| self.pass(pass)).collect(),
-            stable: if has_image { stable(cells) } else { None },
+            stable: if has_image && self.tracking.is_none() { stable(cells) } else { None },
             states: if has_image { states(cells) } else { StateBytes::default() },
             losses: self.losses(cells, has_image),
             store: self.plan.store,
@@ -169,7 +172,7 @@ impl Story<'_> {
             changes_made: self.changes(),
             disturbances: self.disturbances.clone(),
             caveats: self.caveats(),
-            limitations: limitations(),
+            limitations: limitations(self.tracking.is_some()),
             warnings: self.warnings.clone(),
         }
     }
@@ -368,6 +371,7 @@ impl Story<'_> {
             );
         }
         caveats.extend(self.hold_caveats.iter().cloned());
+        caveats.extend(self.tracking.iter().flat_map(tracking_caveats));
         if self.hold.as_ref().is_some_and(|hold| hold.kind == manifest::HoldKind::Ptrace) {
             caveats.push(
                 "what a disk or a device had under way by direct access when the guest was held may \
@@ -392,6 +396,25 @@ impl Story<'_> {
     }
 }
 
+/// What the image of `track` rests on.
+fn tracking_caveats(tracking: &manifest::Tracking) -> Vec<String> {
+    let ms = |ns: u64| ns.div_ceil(1_000_000);
+    let horizon = ms(tracking.io_horizon_ns);
+    let mut caveats = vec![format!(
+        "track: what a device writes into memory by direct access is taken to arrive within {horizon} ms \
+         (--io-horizon) after the device was given the page; what arrives later can be missing in the \
+         image"
+    )];
+    if let Some(latency) = tracking.block_latency_ns.filter(|ns| *ns > tracking.io_horizon_ns) {
+        caveats.push(format!(
+            "a block device took {} ms for a request during the acquisition, longer than that: pages \
+             that it wrote can be older than the image's instant",
+            ms(latency)
+        ));
+    }
+    caveats
+}
+
 /// Why the guest is held at all.
 const ONE_INSTANT: &str = "the image is to show one instant";
 
@@ -413,6 +436,24 @@ pub fn hold_change(hold: &manifest::Hold, told: bool) -> Option<Change> {
         ))),
         (manifest::HoldKind::Stop, false) => None,
     }
+}
+
+/// What following the guest changed.
+pub fn tracking_change(tracking: &manifest::Tracking) -> Change {
+    let ms = |span: &Span| (span.t1_ns - span.t0_ns).div_ceil(1_000_000);
+    let rounds = &tracking.rounds;
+    let longest = rounds.iter().map(|round| ms(&round.stall)).max().unwrap_or_default();
+    let clears = rounds.iter().filter_map(|round| round.clear.as_ref());
+    let clears: Vec<u64> = std::iter::once(&tracking.first_clear).chain(clears).map(ms).collect();
+    for_one_instant(format!(
+        "QEMU's threads were stopped by ptrace {} times, for {longest} ms at most each time, and let go \
+         again; the guest's clock ran on. The kernel's marks of written pages (soft-dirty) of QEMU's \
+         process were cleared {} times, which took {} ms at most and makes the first write to each page \
+         after it slower",
+        rounds.len(),
+        clears.len(),
+        clears.iter().max().unwrap_or(&0),
+    ))
 }
 
 /// What may have been done where there was no hold in the end.
@@ -448,7 +489,11 @@ fn fault_reason(faults: &Faults) -> String {
     if texts.is_empty() { "the host could not read it".to_owned() } else { texts.join("; ") }
 }
 
-fn limitations() -> Vec<String> {
+fn limitations(tracked: bool) -> Vec<String> {
+    let tracked = tracked.then_some(
+        "Whether somebody else cleared the kernel's marks of written pages in QEMU's process during \
+         the acquisition can only be seen in part.",
+    );
     [
         VOLATILE,
         "vCPU registers and device state are not part of this image.",
@@ -458,8 +503,10 @@ fn limitations() -> Vec<String> {
          them or gave them back cannot be told from the host.",
         "Whoever has the host's root rights can forge what this tool was shown.",
     ]
+    .into_iter()
+    .chain(tracked)
     .map(str::to_owned)
-    .to_vec()
+    .collect()
 }
 
 fn case(notes: &CaseNotes) -> manifest::Case {

@@ -93,6 +93,9 @@ pub(crate) struct How {
     /// How the guest may be held, by the methods that hold it
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) hold: HoldArg,
+    /// How long a device's write may take to reach memory, as track assumes
+    #[arg(long, value_parser = duration, default_value = "1s", value_name = "TIME")]
+    pub(crate) io_horizon: Duration,
     /// The image's format
     #[arg(long, value_enum, default_value = "elf")]
     pub(crate) format: FormatArg,
@@ -170,6 +173,9 @@ pub(crate) enum YesNo {
 pub(crate) enum MethodArg {
     /// One pass into memory while the guest is held; class instantaneous
     Freeze,
+    /// What the running guest writes is followed, then it is held for what is left; class
+    /// quasi-instantaneous
+    Track,
     /// Two whole passes, the guest never held; class none, the smear measured
     Live,
 }
@@ -178,6 +184,7 @@ impl From<MethodArg> for acquire::plan::Method {
     fn from(arg: MethodArg) -> Self {
         match arg {
             MethodArg::Freeze => Self::Freeze,
+            MethodArg::Track => Self::Track,
             MethodArg::Live => Self::Live,
         }
     }

@@ -142,6 +142,9 @@ pub struct Manifest {
     pub hold: Option<Hold>,
     /// The audit read inside that hold; null when there was none.
     pub audit: Option<Audit>,
+    /// How written pages were tracked while the guest ran; null when they were not.
+    #[serde(default)]
+    pub tracking: Option<Tracking>,
     /// What the examiner says of the case.
     pub case: Case,
     /// Who ran the tool.
@@ -297,6 +300,42 @@ impl Audit {
         let listed = differing_at.iter().take(64).map(|gpa| format!("{gpa:#x}"));
         Self { pages, differing, bound_95: bound, differing_at: listed.collect() }
     }
+}
+
+/// How `track` followed the guest: the kernel marks the pages that are written (soft-dirty), and
+/// each round reads those that were marked. Times are monotonic nanoseconds since the start of the
+/// acquisition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tracking {
+    /// The I/O horizon in nanoseconds: a device's write is assumed to reach memory within this time
+    /// after its page was given to the device. No page was read sooner after it was seen written.
+    pub io_horizon_ns: u64,
+    /// The longest mean time that QEMU's block devices took for a request between two looks
+    /// meanwhile, in nanoseconds; null when there was no request or QEMU did not say.
+    pub block_latency_ns: Option<u64>,
+    /// Whether the guest was held whenever marks were looked at and cleared, as the class needs.
+    pub held: bool,
+    /// The first clearing of the marks, with the guest running.
+    pub first_clear: Span,
+    /// The looks at the marks, in order, each with what followed.
+    pub rounds: Vec<Round>,
+}
+
+/// One look at the marks of written pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Round {
+    /// The guest's stall: from the first thread that was told to stop to the last that was let go.
+    pub stall: Span,
+    /// The look itself.
+    pub scan: Span,
+    /// Pages found written, or otherwise not known to be as they were read.
+    pub written_pages: u64,
+    /// The marks were cleared in this hold, and the pages read afterwards while the guest ran.
+    pub clear: Option<Span>,
+    /// The pages were read in this hold, the last one.
+    pub read: Option<Span>,
 }
 
 /// A process of the tool and the rights that it kept, as it read them back from the kernel.
@@ -796,6 +835,35 @@ impl Manifest {
         out.unless(!instant || !differs, "audit", "a page that differed voids the class");
         let held = self.hold.is_some();
         out.unless(held || self.audit.is_none(), "audit", "there was no hold to read in");
+        self.check_tracking(out);
+    }
+
+    fn check_tracking(&self, out: &mut Out) {
+        let instant = self.class != Class::None && self.method == Method::Track;
+        let Some(tracking) = &self.tracking else {
+            return out.unless(!instant, "tracking", "the class of method track needs it");
+        };
+        let track = self.method == Method::Track;
+        out.unless(track, "tracking", "is of no other method than track");
+        out.unless(!instant || tracking.held, "tracking.held", "the class needs it");
+        let last = tracking.rounds.last();
+        let read = last.is_some_and(|round| round.read.is_some());
+        out.unless(!instant || read, "tracking.rounds", "the class needs a last one that reads");
+        let mut behind = tracking.first_clear;
+        for (at, round) in tracking.rounds.iter().enumerate() {
+            let field = format!("tracking.rounds[{at}]");
+            let parts = [Some(round.scan), round.clear, round.read].into_iter().flatten();
+            let mut ordered = behind.t0_ns <= behind.t1_ns && behind.t1_ns <= round.stall.t0_ns;
+            let mut end = round.stall.t0_ns;
+            for part in parts {
+                ordered &= end <= part.t0_ns && part.t0_ns <= part.t1_ns;
+                end = part.t1_ns;
+            }
+            out.unless(ordered && end <= round.stall.t1_ns, &field, "runs backwards");
+            let one = round.clear.is_none() || round.read.is_none();
+            out.unless(one, &field, "clears after it has read: what was written then is lost");
+            behind = round.stall;
+        }
     }
 
     fn check_files(&self, out: &mut Out) {
@@ -1006,6 +1074,7 @@ pub(crate) mod tests {
             tau: None,
             hold: None,
             audit: None,
+            tracking: None,
             case: Case { number: Some("2026-117".into()), ..Case::default() },
             operator: Operator {
                 uid: 1000,

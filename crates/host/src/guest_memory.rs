@@ -319,6 +319,29 @@ impl GuestMemory {
         Ok(Usage { resident, swapped })
     }
 
+    /// Reads the page table's entries of `block`, one for each 4 KiB cell that it touches. Touches
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub fn entries(&self, block: GuestRange, entries: &mut [Entry]) -> Result<(), Gone> {
+        let held = self.place_of(block).ok_or(Gone::NoPlace { at: block })?;
+        self.pagemap.read(held.hva(block.start()), entries).map_err(|e| self.gone(block, e))
+    }
+
+    /// The first place whose pages the kernel does not track for us, and why.
+    pub fn untracked(&self) -> Option<(GuestRange, &'static str)> {
+        let why = |held: &Held| match (held.mapping, held.page_size) {
+            (Mapping::Anonymous, PAGE) => None,
+            (Mapping::Anonymous | Mapping::PrivateHugetlb | Mapping::SharedHugetlb, _) => {
+                Some("huge pages lose the mark when the marks are cleared")
+            }
+            (Mapping::Shared, _) => Some("shared memory: others write it past QEMU's page table"),
+            (Mapping::PrivateFile, _) => Some("it lies over a file, of which nothing is tracked"),
+        };
+        self.held.iter().find_map(|held| why(held).map(|why| (held.place.range, why)))
+    }
+
     /// Whether any place is read the way that keeps pages merged by KSM.
     pub fn reads_around_ksm(&self) -> bool {
         self.held.iter().any(|h| matches!(h.reader(), Reader::ProcMem | Reader::ProcMemAndFile))

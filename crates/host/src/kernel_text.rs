@@ -31,6 +31,12 @@ pub(crate) fn open_under(dir: impl AsFd, name: &str) -> io::Result<File> {
     Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?))
 }
 
+/// Opens `name` under `dir` for writing: a command to the kernel.
+pub(crate) fn open_for_commands(dir: impl AsFd, name: &str) -> io::Result<File> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?))
+}
+
 /// What stands behind `Name:` in the first such line of `text`.
 pub(crate) fn field<'t>(text: &'t str, name: &str) -> Option<&'t str> {
     Some(text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?.trim())

@@ -22,6 +22,7 @@ mod kernel_text;
 pub mod maps;
 pub mod memory;
 pub mod oom;
+pub mod own_memory;
 pub mod pagemap;
 pub mod peer;
 pub mod privilege;
@@ -32,6 +33,7 @@ pub mod sandbox;
 pub mod scripted;
 pub mod shared_store;
 pub mod signals;
+pub mod soft_dirty;
 pub mod source;
 pub mod store;
 

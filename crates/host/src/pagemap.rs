@@ -32,6 +32,39 @@ impl Entry {
         self.0 >> 61 & 1 == 1
     }
 
+    /// Bit 55: written since the bits were last cleared ([`crate::soft_dirty`]), or new since then.
+    pub fn soft_dirty(self) -> bool {
+        self.0 >> 55 & 1 == 1
+    }
+
+    /// The same entry with the mark cleared.
+    #[must_use]
+    pub fn without_mark(self) -> Self {
+        Self(self.0 & !(1 << 55))
+    }
+
+    /// Bits 0-54 of a present page: its frame number; 0 to whoever lacks CAP_SYS_ADMIN.
+    pub fn frame(self) -> u64 {
+        if self.present() { self.0 & ((1 << 55) - 1) } else { 0 }
+    }
+
+    /// Whether a private anonymous page holds now what it held when `before` was read, if the
+    /// soft-dirty bits were cleared before that.
+    ///
+    /// The bit alone is not enough: merging by KSM loses it, and so does giving memory back and
+    /// reading it again, which both bring another frame. What is in swap counts as changed. Absent
+    /// means zeros.
+    pub fn is_as(self, before: Self) -> bool {
+        match (before.kept(), self.kept()) {
+            (false, false) => true,
+            (true, true) => {
+                let same_frame = self.frame() == before.frame() && self.frame() != 0;
+                self.present() && before.present() && same_frame && !self.soft_dirty()
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the process has content of its own here, in memory or in swap.
     pub fn kept(self) -> bool {
         self.present() || self.swapped()
@@ -128,6 +161,25 @@ mod tests {
         assert!(entries.iter().all(|e| !e.swapped() && !e.of_file()));
         let count = pagemap.count(area.hva(), 1100).unwrap();
         assert_eq!(count, Count { present: 4, swapped: 0 });
+    }
+
+    #[test]
+    fn only_a_page_of_the_same_frame_that_was_not_written_is_as_before() {
+        let present = |frame: u64, dirty: u64| Entry(1 << 63 | dirty << 55 | frame);
+        let (absent, swapped) = (Entry(0), Entry(1 << 62 | 77));
+        // What it was before, written or not, is nothing: the bits were cleared since then.
+        for before in [present(7, 0), present(7, 1)] {
+            assert!(present(7, 0).is_as(before));
+            assert!(!present(7, 1).is_as(before), "written");
+            assert!(!present(8, 0).is_as(before), "merged, or new");
+            assert!(!absent.is_as(before) && !swapped.is_as(before));
+        }
+        assert!(absent.is_as(absent));
+        assert!(!present(7, 0).is_as(absent) && !swapped.is_as(absent));
+        assert!(!swapped.is_as(swapped) && !absent.is_as(swapped) && !present(7, 0).is_as(swapped));
+        // Frames that are hidden tell nothing.
+        assert!(!present(0, 0).is_as(present(0, 0)));
+        assert_eq!((present(7, 1).frame(), swapped.frame()), (7, 0));
     }
 
     #[test]

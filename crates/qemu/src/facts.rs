@@ -79,6 +79,17 @@ pub struct MemoryDevice {
     pub raw: Value,
 }
 
+/// What a block device has done since QEMU started (`query-blockstats`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockTimes {
+    /// The device: its id, else its QOM path, else its node's name.
+    pub device: String,
+    /// Requests that have ended: reads, writes, flushes, discards.
+    pub requests: u64,
+    /// How long they took, added up, in nanoseconds.
+    pub total_ns: u64,
+}
+
 /// QEMU's watchdog devices (`hw/watchdog/`); the one in ICH9-LPC aside.
 const WATCHDOGS: [&str; 8] = [
     "i6300esb",
@@ -298,6 +309,14 @@ impl<'a> Facts<'a> {
         self.qmp.query(Command::QomGet, arguments, self.timeout)
     }
 
+    /// How many requests each block device has done, and how long they took in all.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn block_times(&mut self) -> Result<Vec<BlockTimes>, QmpError> {
+        Ok(self.query::<Vec<Value>>(Command::QueryBlockstats)?.iter().map(block_times).collect())
+    }
+
     /// A property that points to another object; `None` when it points nowhere, or the object has
     /// no such property (an older QEMU).
     ///
@@ -361,6 +380,22 @@ impl<'a> Facts<'a> {
     }
 }
 
+fn block_times(raw: &Value) -> BlockTimes {
+    let name = |key: &str| raw.get(key).and_then(Value::as_str).filter(|name| !name.is_empty());
+    let device = name("device").or_else(|| name("qdev")).or_else(|| name("node-name"));
+    let sum = |suffix: &str| {
+        ["rd", "wr", "flush", "unmap"].iter().fold(0u64, |sum, kind| {
+            let number = raw.pointer(&format!("/stats/{kind}_{suffix}")).and_then(Value::as_u64);
+            sum.saturating_add(number.unwrap_or_default())
+        })
+    };
+    BlockTimes {
+        device: device.unwrap_or_default().to_owned(),
+        requests: sum("operations"),
+        total_ns: sum("total_time_ns"),
+    }
+}
+
 fn parse_device(raw: Value) -> Option<MemoryDevice> {
     let data = raw.get("data").filter(|data| data.is_object())?;
     let number = |key: &str| data.get(key).and_then(Value::as_u64);
@@ -389,6 +424,20 @@ fn parse_device(raw: Value) -> Option<MemoryDevice> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_requests_of_a_disk_are_added_up() {
+        let raw = json!({"device": "", "qdev": "/machine/peripheral/d0/virtio-backend",
+            "node-name": "#block155", "stats": {"rd_operations": 3, "wr_operations": 4,
+            "flush_operations": 1, "unmap_operations": 0, "rd_total_time_ns": 900,
+            "wr_total_time_ns": 80, "flush_total_time_ns": 7, "rd_bytes": 12_288}});
+        let BlockTimes { device, requests, total_ns } = block_times(&raw);
+        assert_eq!(
+            (&*device, requests, total_ns),
+            ("/machine/peripheral/d0/virtio-backend", 8, 987)
+        );
+        assert_eq!(block_times(&json!(7)).requests, 0);
+    }
 
     #[test]
     fn devices_are_read_by_type() {

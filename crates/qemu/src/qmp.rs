@@ -41,6 +41,8 @@ pub enum Command {
     QomList,
     /// `query-balloon`
     QueryBalloon,
+    /// `query-blockstats`
+    QueryBlockstats,
     /// `query-commands`
     QueryCommands,
     /// `query-cpus-fast`
@@ -78,6 +80,7 @@ impl Command {
             Self::QomGet => "qom-get",
             Self::QomList => "qom-list",
             Self::QueryBalloon => "query-balloon",
+            Self::QueryBlockstats => "query-blockstats",
             Self::QueryCommands => "query-commands",
             Self::QueryCpusFast => "query-cpus-fast",
             Self::QueryKvm => "query-kvm",

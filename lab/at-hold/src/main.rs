@@ -1,6 +1,10 @@
 //! `stillframe-at-hold VM DIR ptrace|stop MILLISECONDS`: takes an image by `freeze`, and while the
 //! guest is held waits for whoever started it.
 //!
+//! `stillframe-at-hold VM DIR unheld MILLISECONDS`: takes one by `track` with the hold around its looks
+//! at the marks of written pages left out, three times, and waits for nobody. Such an image is torn, as
+//! the tear benchmark must see.
+//!
 //! For the lab, which wants to look at the guest's memory meanwhile with eyes of its own. It is also
 //! what a program that calls the library looks like: events on stdout as with the tool's `--json`,
 //! and each `held` is followed by a line on stdin before anything is read. A line that does not come
@@ -21,7 +25,7 @@ fn main() -> ExitCode {
     }
     let args: Vec<String> = std::env::args().skip(1).collect();
     let Some(request) = request(&args) else {
-        eprintln!("usage: stillframe-at-hold VM DIR ptrace|stop MILLISECONDS");
+        eprintln!("usage: stillframe-at-hold VM DIR ptrace|stop|unheld MILLISECONDS");
         return ExitCode::from(2);
     };
     let (exit, exhibit, reason) = match acquire::acquire(&request, &tell, &Stop::new()) {
@@ -39,25 +43,24 @@ fn main() -> ExitCode {
 }
 
 fn request(args: &[String]) -> Option<Request> {
-    let [vm, output, hold, budget] = args else { return None };
-    let hold = match hold.as_str() {
-        "ptrace" => HoldWish::Ptrace,
-        "stop" => HoldWish::Stop,
+    let [vm, output, how, budget] = args else { return None };
+    let (method, hold, rounds_unheld) = match how.as_str() {
+        "ptrace" => (Method::Freeze, HoldWish::Ptrace, 0),
+        "stop" => (Method::Freeze, HoldWish::Stop, 0),
+        "unheld" => (Method::Track, HoldWish::Ptrace, 3),
         _ => return None,
     };
     let stall_budget = Duration::from_millis(budget.parse().ok()?);
-    let method = Some(Method::Freeze);
-    Some(Request {
-        vm: vm.clone(),
-        output: Some(output.into()),
-        wish: Wish { method, hold, stall_budget, ..Wish::default() },
-        ..Request::default()
-    })
+    let method = Some(method);
+    // The devices of the lab's counting guests write nothing.
+    let io_horizon = Duration::from_millis(50);
+    let wish = Wish { method, hold, stall_budget, io_horizon, rounds_unheld, ..Wish::default() };
+    Some(Request { vm: vm.clone(), output: Some(output.into()), wish, ..Request::default() })
 }
 
 /// Passes an event on. The library calls this from the thread that holds the guest.
 fn tell(event: Event) {
-    let is_held = matches!(event, Event::Held { .. });
+    let is_held = matches!(event, Event::Held { .. }) && !std::env::args().any(|a| a == "unheld");
     let mut out = std::io::stdout().lock();
     // Whoever does not listen any more does not answer either.
     let _ = serde_json::to_writer(&mut out, &event).map(|()| writeln!(out));

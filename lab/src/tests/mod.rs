@@ -11,6 +11,7 @@ mod live;
 mod outer;
 mod run;
 mod tear;
+mod track;
 
 use lab::runner::Test;
 
@@ -25,6 +26,7 @@ pub(crate) fn all() -> Vec<Test> {
         kills::TESTS,
         kills::AROUND,
         tear::TESTS,
+        track::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,
@@ -32,6 +34,7 @@ pub(crate) fn all() -> Vec<Test> {
         faults::OUTER,
         kills::OUTER,
         tear::OUTER,
+        track::OUTER,
         holds::OUTER,
     ]
     .concat()

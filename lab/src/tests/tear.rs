@@ -16,7 +16,7 @@ pub(crate) const OUTER: &[lab::runner::Test] =
 
 /// Memory of the guests. In the outer guest every byte is copied and hashed by a translated CPU;
 /// a copy of 32 MiB still takes it hundreds of times longer than the coarser ring resolves.
-fn memory_mib() -> u32 {
+pub(super) fn memory_mib() -> u32 {
     if Accel::from_env() == Accel::Kvm { 32 } else { 256 }
 }
 
@@ -25,14 +25,14 @@ fn rings() -> [Ring; 2] {
 }
 
 /// A guest that counts, and the ring it counts in.
-struct Subject {
-    guest: Guest,
+pub(super) struct Subject {
+    pub(super) guest: Guest,
     ring: Ring,
     backing: Backing,
 }
 
 impl Subject {
-    fn boot(lab: &Lab, ring: Ring, backing: Backing, version: Version) -> Result<Self> {
+    pub(super) fn boot(lab: &Lab, ring: Ring, backing: Backing, version: Version) -> Result<Self> {
         let guest = lab.guest().ring(ring.clone()).backing(backing).version(version).boot()?;
         Ok(Self { guest, ring, backing })
     }
@@ -52,7 +52,7 @@ impl Subject {
     }
 
     /// Prints a line of figures: the guest's, and what the runs showed.
-    fn report(&mut self, shown: &str) -> Result<()> {
+    pub(super) fn report(&mut self, shown: &str) -> Result<()> {
         let rate = self.rate()?;
         assert!(rate > 0, "the ring stands still");
         let (accel, backing) = (Accel::from_env(), self.backing);
@@ -65,7 +65,7 @@ impl Subject {
     }
 
     /// What an exhibit's image shows; the exhibit is taken away.
-    fn judge(&self, exhibit: Exhibit) -> Result<Verdict> {
+    pub(super) fn judge(&self, exhibit: Exhibit) -> Result<Verdict> {
         let mut scan = Scan::new(&self.ring);
         exhibit.image()?.each(|gpa, bytes| scan.piece(gpa, bytes))?;
         exhibit.remove()?;
@@ -81,7 +81,7 @@ impl Subject {
     }
 
     /// So many of them.
-    fn lives(&self, lab: &Lab, n: u32) -> Result<Runs> {
+    pub(super) fn lives(&self, lab: &Lab, n: u32) -> Result<Runs> {
         let mut runs = Runs::default();
         for _ in 0..n {
             runs.count(&self.live(lab, "elf")?);
@@ -91,7 +91,7 @@ impl Subject {
 
     /// `n` images by `live` of the running guest, and a third as many of the stopped one, where
     /// chance has no part. It runs on.
-    fn controls(&mut self, lab: &Lab, n: u32) -> Result<Controls> {
+    pub(super) fn controls(&mut self, lab: &Lab, n: u32) -> Result<Controls> {
         let live = self.lives(lab, n)?;
         self.guest.stop()?;
         let stopped = self.lives(lab, n.div_ceil(3))?;

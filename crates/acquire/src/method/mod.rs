@@ -1,3 +1,6 @@
-//! The methods. Those that read QEMU's process are one loop with settings: `process`.
+//! The methods. Those that read QEMU's process are one loop with settings: `process` has what they
+//! share, `live` and `freeze`; `track` has rounds of its own.
 
+pub mod hold;
 pub mod process;
+pub mod track;

@@ -8,9 +8,10 @@
 //! pages is read again and compared. While the guest is held only memory is written that was
 //! faulted in before.
 
+use super::hold::{by_ptrace, doubt, nanos};
 use crate::copy::{self, Cell, Changed, Cut, Scratch, Setting};
 use crate::event::{Event, Observer, Phase};
-use crate::guardian::{GRACE, Guardian, GuardianError};
+use crate::guardian::{GRACE, Guardian};
 use crate::log::Log;
 use crate::plan::{AUDIT_PAGES, HoldKind, PlannedHold};
 use crate::stop::Stop;
@@ -20,13 +21,13 @@ use evidence::manifest::{Audit, Hold};
 use evidence::record::Span;
 use evidence::state::pages;
 use evidence::{GuestRange, PageState};
-use host::hold::{self, HoldError, Limits};
 use host::{Gone, GuestMemory, Process, Source, Store};
-use serde_json::json;
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+pub use super::hold::NotHeld;
 
 /// Why a pass could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,9 @@ pub enum PassError {
     /// The guest could not be held.
     #[error(transparent)]
     NotHeld(NotHeld),
+    /// The guest could not be followed.
+    #[error(transparent)]
+    Track(super::track::TrackError),
 }
 
 /// One pass that was made.
@@ -88,6 +92,18 @@ impl Work<'_> {
         self.log.now_ns()
     }
 
+    /// How pass `n` runs, until `until` at the latest.
+    pub(super) fn setting(&self, n: u32, until: Option<Instant>) -> Setting<'_> {
+        Setting {
+            max_rate: self.max_rate,
+            stop: self.stop,
+            until,
+            observer: self.observer,
+            phase: Phase::Capture,
+            pass: Some(n),
+        }
+    }
+
     /// One pass, which ends at `until`, done or not.
     fn pass(
         &self,
@@ -98,14 +114,7 @@ impl Work<'_> {
         scratches: &mut [Scratch],
         block: impl Fn(&mut Cell, &mut Scratch) -> Result<(), PassError> + Sync,
     ) -> Result<(), Cut<PassError>> {
-        let setting = Setting {
-            max_rate: self.max_rate,
-            stop: self.stop,
-            until,
-            observer: self.observer,
-            phase: Phase::Capture,
-            pass: Some(n),
-        };
+        let setting = self.setting(n, until);
         let t0_ns = self.now();
         let result = copy::each(cells, &setting, scratches, block);
         let span = Span { t0_ns, t1_ns: self.now() };
@@ -126,7 +135,7 @@ impl Work<'_> {
     }
 
     /// Looks at the mappings and decides how each is read: before the guest is held.
-    fn begin_pass(&self) -> Result<(), Cut<PassError>> {
+    pub(super) fn begin_pass(&self) -> Result<(), Cut<PassError>> {
         self.source.begin_pass().map_err(|error| Cut::Failed(PassError::Mappings(error)))
     }
 
@@ -166,12 +175,6 @@ pub fn live(
     work.pass(2, None, passes, cells, scratches, |cell, scratch| again(work, 2, cell, scratch))
 }
 
-/// How often a hold is tried: a thread in uninterruptible I/O lets all others go again.
-const TRIES: u32 = 5;
-
-/// How long the guest runs undisturbed between two tries.
-const PAUSE: Duration = Duration::from_millis(200);
-
 /// What a hold gave.
 #[derive(Debug)]
 pub struct Frozen {
@@ -185,29 +188,6 @@ pub struct Frozen {
     pub doubt: Option<String>,
     /// QEMU was told to stop the guest: not by ptrace, and not when the VM was found paused.
     pub told_qemu: bool,
-}
-
-/// Why there was no hold. Nothing was read, and the guest runs as before.
-#[derive(Debug, thiserror::Error)]
-pub enum NotHeld {
-    /// The guardian would not, or QEMU would not.
-    #[error("the guest could not be held")]
-    Guardian(#[from] GuardianError),
-    /// The kernel or the process would not.
-    #[error("the guest could not be held")]
-    Ptrace(#[from] HoldError),
-    /// Each time some thread did not stop in time, and all were let go again.
-    #[error("the guest could not be held in {tries} tries")]
-    Stragglers {
-        /// How often it was tried.
-        tries: u32,
-        /// The last try.
-        #[source]
-        last: HoldError,
-    },
-    /// The host's side of the map is no longer what it was.
-    #[error("the process's mappings changed")]
-    Mappings(#[source] host::HostError),
 }
 
 /// `freeze`: one pass and an audit read inside a hold of the guest. How long tries that were given
@@ -260,66 +240,20 @@ struct Inside {
 }
 
 impl Freezer<'_> {
-    /// Holds by ptrace; tries again while some thread does not stop in time.
+    /// Holds by ptrace.
     fn by_ptrace(
         &mut self,
         process: &Process,
         guardian: &mut Guardian,
         stalls_ns: &mut Vec<u64>,
     ) -> Result<Frozen, NotHeld> {
-        let mut tries = 1;
-        loop {
-            let last = tries == TRIES || self.work.stop.asked();
-            match self.try_ptrace(process, guardian) {
-                Ok(mut frozen) => {
-                    frozen.hold.tries = tries;
-                    return Ok(frozen);
-                }
-                // Its successor is asked.
-                Err(NotHeld::Guardian(GuardianError::Lost(_))) if !last => {}
-                Err(NotHeld::Ptrace(error @ HoldError::NotStopped { stall, .. })) => {
-                    let stall = stall.map(|stall| nanos(stall.released - stall.began));
-                    let data = json!({ "try": tries, "why": error.to_string(), "stall_ns": stall });
-                    self.work.log.add("hold-given-up", data);
-                    stalls_ns.extend(stall);
-                    if last {
-                        return Err(NotHeld::Stragglers { tries, last: error });
-                    }
-                    thread::sleep(PAUSE);
-                }
-                Err(error) => return Err(error),
-            }
-            tries += 1;
-        }
-    }
-
-    /// One try, of which the guardian is told.
-    fn try_ptrace(
-        &mut self,
-        process: &Process,
-        guardian: &mut Guardian,
-    ) -> Result<Frozen, NotHeld> {
-        let at_most = Duration::from_nanos(self.planned.at_most_ns);
-        let limits = Limits {
-            stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
-            hold_at_most: at_most + GRACE,
-        };
-        let force = host::clock::monotonic_ns() + self.planned.at_most_ns;
-        guardian.arm(force + 2 * nanos(GRACE))?;
-        let until = Instant::now() + at_most;
-        let held = hold::during(process, &limits, |hold| {
-            let threads = u32::try_from(hold.threads()).unwrap_or(u32::MAX);
-            (self.inside(threads, until), threads, hold.lasted())
-        });
-        // The guest goes on: whatever the guardian says now changes nothing of that.
-        let disarmed = guardian.disarm();
-        let ((inside, threads, lasted), held) = held?;
-        let origin = self.work.log.origin();
-        let at = |instant: Instant| nanos(instant.saturating_duration_since(origin));
-        let lasted = lasted && held.lasted;
-        let (began_ns, ended_ns) = (at(held.began), at(held.released));
-        let hold = self.hold(HoldKind::Ptrace, threads, lasted, (began_ns, ended_ns), &inside);
-        Ok(self.frozen(hold, inside, disarmed.err(), false))
+        let (work, planned) = (self.work, self.planned);
+        let inside = |threads, until| self.inside(threads, until);
+        let once = by_ptrace(work, process, guardian, planned.at_most_ns, stalls_ns, inside)?;
+        let span = (once.began_ns, once.ended_ns);
+        let mut hold = self.hold(HoldKind::Ptrace, once.threads, once.lasted, span, &once.value);
+        hold.tries = once.tries;
+        Ok(self.frozen(hold, once.value, once.doubt, false))
     }
 
     /// Holds by QEMU's `stop` and `cont`.
@@ -338,7 +272,7 @@ impl Freezer<'_> {
         };
         let span = (log.since_ns(stopped.began_ns), ended_ns);
         let hold = self.hold(HoldKind::Stop, 0, lasted, span, &inside);
-        Ok(self.frozen(hold, inside, continued.err(), stopped.asked))
+        Ok(self.frozen(hold, inside, continued.err().map(doubt), stopped.asked))
     }
 
     /// The hold for the record; `span` is from the first that the guest can have felt to the last.
@@ -365,15 +299,8 @@ impl Freezer<'_> {
     }
 
     /// Tells that the guest goes on, and gathers what is known of the hold.
-    fn frozen(
-        &self,
-        hold: Hold,
-        inside: Inside,
-        doubt: Option<GuardianError>,
-        told_qemu: bool,
-    ) -> Frozen {
+    fn frozen(&self, hold: Hold, inside: Inside, doubt: Option<String>, told_qemu: bool) -> Frozen {
         self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
-        let doubt = doubt.map(|error| format!("while the guest was held {error}"));
         Frozen { hold, audit: inside.audit, end: inside.end, doubt, told_qemu }
     }
 
@@ -387,21 +314,35 @@ impl Freezer<'_> {
         let end = work.pass(1, Some(until), self.passes, self.cells, scratches, block);
         let release = Duration::from_nanos(self.planned.at_most_ns) / RELEASE;
         let until = until.checked_sub(release).unwrap_or(until);
-        let audit = end.is_ok().then(|| audit(work, self.cells, scratches, &mut self.picks, until));
+        let audit = end.is_ok().then(|| {
+            let wanted = if Instant::now() < until { AUDIT_PAGES } else { 0 };
+            let picked = self.picks.pages(self.cells, wanted);
+            audit(work, &picked, scratches, until, |number, new, old| {
+                let pick = picked.get(number);
+                pick.is_some_and(|pick| work.store.get(pick.at, old).is_ok() && new == old)
+            })
+        });
         Inside { end, audit, held_ns, released_ns: work.now() }
     }
 }
 
-fn nanos(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+/// A page drawn for an audit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pick {
+    /// Number of its block's cell.
+    pub cell: usize,
+    /// Its number in the block.
+    pub page: usize,
+    /// Its addresses.
+    pub at: GuestRange,
 }
 
 /// Random numbers, seeded by the kernel before the guest is held: nobody can know which pages are
 /// read again.
-struct Picks(u64);
+pub(super) struct Picks(u64);
 
 impl Picks {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(host::random::seed())
     }
 
@@ -420,7 +361,7 @@ impl Picks {
     }
 
     /// Pages that were read, at most `count`, each as likely as any other.
-    fn pages(&mut self, cells: &[Cell], count: u64) -> Vec<GuestRange> {
+    pub(super) fn pages(&mut self, cells: &[Cell], count: u64) -> Vec<Pick> {
         let count = index(count);
         let mut picked = Vec::with_capacity(count);
         // A guest of mostly holes gives fewer.
@@ -429,9 +370,10 @@ impl Picks {
                 break;
             }
             let (cell, page) = (self.below(cells.len()), self.below(BLOCK_PAGES));
-            let Some(cell) = cells.get(cell) else { continue };
-            if cell.states.get(page) == Some(&PageState::Data) {
-                picked.extend(pages(cell.block).nth(page));
+            let Some(known) = cells.get(cell) else { continue };
+            if known.states.get(page) == Some(&PageState::Data) {
+                let at = pages(known.block).nth(page);
+                picked.extend(at.map(|at| Pick { cell, page, at }));
             }
         }
         picked
@@ -440,37 +382,32 @@ impl Picks {
 
 /// The part of a hold's budget that the audit read leaves for letting go: on a busy host that takes
 /// a while, and past the budget it is done by force.
-const RELEASE: u32 = 10;
+pub(super) const RELEASE: u32 = 10;
 
-/// Reads a random sample again and compares it with the store: as much as fits before `until`.
-fn audit(
+/// Reads the pages `picked` again: as much as fits before `until`. `same(number, new, buffer)` says
+/// whether what was read of a page is what is kept of it.
+pub(super) fn audit(
     work: &Work<'_>,
-    cells: &[Cell],
+    picked: &[Pick],
     scratches: &mut [Scratch],
-    picks: &mut Picks,
     until: Instant,
+    same: impl Fn(usize, &[u8], &mut [u8]) -> bool + Sync,
 ) -> (Audit, Span) {
     let t0_ns = work.now();
-    let wanted = if Instant::now() < until { AUDIT_PAGES } else { 0 };
-    let picked = picks.pages(cells, wanted);
     let share = picked.len().div_ceil(scratches.len().max(1)).max(1);
     let differing = Mutex::new(Vec::new());
-    let read = |pages: &[GuestRange], scratch: &mut Scratch| -> u64 {
+    let read = |first: usize, picks: &[Pick], scratch: &mut Scratch| -> u64 {
         let mut count = 0;
-        for page in pages {
+        for (number, Pick { at, .. }) in (first..).zip(picks) {
             if Instant::now() >= until {
                 break;
             }
-            let (new, old, states) = scratch.parts(*page);
-            let same = work.source.read(*page, new, states).is_ok()
+            let (new, old, states) = scratch.parts(*at);
+            let same = work.source.read(*at, new, states).is_ok()
                 && states.iter().all(|state| *state == PageState::Data)
-                && work.store.get(*page, old).is_ok()
-                && new == old;
+                && same(number, new, old);
             if !same {
-                differing
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner)
-                    .push(page.start());
+                differing.lock().unwrap_or_else(PoisonError::into_inner).push(at.start());
             }
             count += 1;
         }
@@ -480,20 +417,25 @@ fn audit(
     let count = thread::scope(|scope| {
         let threads: Vec<_> = picked
             .chunks(share)
+            .zip((0..).step_by(share))
             .zip(scratches)
-            .map(|(pages, scratch)| scope.spawn(move || read(pages, scratch)))
+            .map(|((picks, first), scratch)| scope.spawn(move || read(first, picks, scratch)))
             .collect();
         // A worker that panicked has compared nothing.
         threads.into_iter().map(|thread| thread.join().unwrap_or(0)).sum()
     });
-    let mut differing = differing.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut differing = differing.into_inner().unwrap_or_else(PoisonError::into_inner);
     differing.sort_unstable();
     (Audit::new(count, &differing), Span { t0_ns, t1_ns: work.now() })
 }
 
 /// Reads a block for the first time. The store holds zeros until then: what it lends is read
 /// into right there, else only data is put.
-fn first(work: &Work<'_>, cell: &mut Cell, scratch: &mut Scratch) -> Result<(), PassError> {
+pub(super) fn first(
+    work: &Work<'_>,
+    cell: &mut Cell,
+    scratch: &mut Scratch,
+) -> Result<(), PassError> {
     let (new, old, states) = scratch.parts(cell.block);
     let in_place = lend(work.store, cell.block, |kept| {
         // A block that is not wholly there is not there.
@@ -544,7 +486,7 @@ fn again(
         for run in page_runs(cell.block, |page| states.get(page).is_some_and(is_hole)) {
             new[run].fill(0);
         }
-        if let Some((changed, first)) = keep_again(work.store, cell, new, old)? {
+        if let Some((changed, first)) = keep_again(work.store, cell, new, old, |_| true)? {
             cell.first = Some(Box::new(first));
             cell.changed = Some(Box::new(changed));
         }
@@ -556,16 +498,18 @@ fn again(
     Ok(())
 }
 
-/// Brings the pages that differ into the store; `old` is a buffer for what it held.
-fn keep_again(
+/// Brings the pages that were `read` again and differ into the store; `old` is a buffer for what it
+/// held.
+pub(super) fn keep_again(
     store: &dyn Store,
     cell: &mut Cell,
     new: &[u8],
     old: &mut [u8],
+    read: impl Fn(usize) -> bool,
 ) -> Result<Option<(Changed, Digest)>, PassError> {
     let at = cell.block;
     let in_place = lend(store, at, |kept| {
-        let (changed, first) = differences(at, new, kept)?;
+        let (changed, first) = differences(at, new, kept, &read)?;
         for run in page_runs(at, |page| bit(&changed, page)) {
             kept[run.clone()].copy_from_slice(&new[run]);
         }
@@ -575,7 +519,7 @@ fn keep_again(
         return Ok(difference);
     }
     store.get(at, old).map_err(|cause| PassError::Store { at, cause })?;
-    let Some((changed, first)) = differences(at, new, old) else { return Ok(None) };
+    let Some((changed, first)) = differences(at, new, old, &read) else { return Ok(None) };
     put(store, at, new, |page| bit(&changed, page)).inspect_err(|_| {
         // The block stays what the pass before read, whole; its space is already held.
         if put(store, at, old, |page| bit(&changed, page)).is_err() {
@@ -598,20 +542,27 @@ fn lend<T>(
     Ok(given)
 }
 
-/// The pages whose bytes differ, and the digest of `old`; `None` when no byte does.
-fn differences(block: GuestRange, new: &[u8], old: &[u8]) -> Option<(Changed, Digest)> {
+/// The pages that were `read` and whose bytes differ, and the digest of `old`; `None` when no byte
+/// does.
+fn differences(
+    block: GuestRange,
+    new: &[u8],
+    old: &[u8],
+    read: impl Fn(usize) -> bool,
+) -> Option<(Changed, Digest)> {
     if new == old {
         return None;
     }
     let mut changed = Changed::default();
     for (page, span) in page_spans(block).enumerate() {
-        if new.get(span.clone()) != old.get(span)
+        if read(page)
+            && new.get(span.clone()) != old.get(span)
             && let Some(word) = changed.get_mut(page / 64)
         {
             *word |= 1 << (page % 64);
         }
     }
-    Some((changed, sha256(old)))
+    (changed != Changed::default()).then(|| (changed, sha256(old)))
 }
 
 /// Whether page `page` is among `bits`.
@@ -661,4 +612,4 @@ fn put(
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

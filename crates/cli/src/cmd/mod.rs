@@ -20,6 +20,8 @@ pub(crate) fn wish(how: &How) -> Wish {
         consistency: how.consistency.into(),
         stall_budget: how.stall_budget,
         hold: how.hold.into(),
+        io_horizon: how.io_horizon,
+        rounds_unheld: 0,
         format: how.format.into(),
         store: how.store.map(Into::into),
         swap_in: how.swap_in,

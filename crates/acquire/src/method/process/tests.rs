@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// A part of a block, two blocks, and a part of one again.
 const GUEST: (u64, u64) = (0x18_0000, 0x30_0000);
 
-fn guest() -> GuestRange {
+pub(crate) fn guest() -> GuestRange {
     GuestRange::new(GUEST.0, GUEST.1).unwrap()
 }
 
-fn memory_at(process: u32, hva: u64, range: GuestRange) -> GuestMemory {
+pub(crate) fn memory_at(process: u32, hva: u64, range: GuestRange) -> GuestMemory {
     GuestMemory::open(&Process::open(process).unwrap(), &[Place { range, hva }]).unwrap()
 }
 
@@ -25,7 +25,7 @@ fn segments(range: GuestRange, offset: u64) -> Segments {
 }
 
 /// A store with its blocks in one cell each, or with each in two.
-fn ram(range: GuestRange, offset: u64, needed: &[GuestRange]) -> RamStore {
+pub(crate) fn ram(range: GuestRange, offset: u64, needed: &[GuestRange]) -> RamStore {
     let limit = Limit { bytes: 16 << 20, bound: Bound::MaxRam };
     RamStore::reserve(segments(range, offset), needed, &limit, |_, _| (), || false).unwrap()
 }
@@ -40,7 +40,7 @@ fn disk(range: GuestRange) -> DiskStore {
     DiskStore::new(file, segments(range, 0)).unwrap()
 }
 
-fn cells(range: GuestRange) -> Vec<Cell> {
+pub(crate) fn cells(range: GuestRange) -> Vec<Cell> {
     let (gpa, len) = (range.start(), range.len());
     let region = Region {
         gpa,
@@ -57,7 +57,11 @@ fn cells(range: GuestRange) -> Vec<Cell> {
     copy::cells(&MemoryMap::new(vec![region]).unwrap()).unwrap()
 }
 
-fn with_work<T>(source: &GuestMemory, store: &dyn Store, then: impl FnOnce(&Work<'_>) -> T) -> T {
+pub(crate) fn with_work<T>(
+    source: &GuestMemory,
+    store: &dyn Store,
+    then: impl FnOnce(&Work<'_>) -> T,
+) -> T {
     let (log, stop, observer) = (&Log::begin(Instant::now()), &Stop::new(), &|_: Event| ());
     then(&Work { source, store, log, workers: 1, max_rate: None, stop, observer })
 }

@@ -1,0 +1,170 @@
+//! `track`: images of one instant of a guest that is held for milliseconds. The kernel of this
+//! machine need not track written pages: all of it is tried in the outer guest.
+
+use std::fs;
+use std::time::Duration;
+
+use lab::tear::Runs;
+use lab::{Backing, Doing, Lab, Result, Ring, Version, failed, here, outer};
+use serde_json::Value;
+
+use super::exhibit::{Exhibit, acquire};
+use super::run::{Running, new_dir};
+use super::tear::{Subject, memory_mib};
+
+pub(crate) const TESTS: &[lab::runner::Test] = here![track_is_refused_where_it_would_lie];
+
+pub(crate) const OUTER: &[lab::runner::Test] =
+    outer![track_of_small_pages_is_one_instant, track_of_huge_pages_is_one_instant,];
+
+/// What the outer guest's translated CPU needs; a device of a counting guest writes nothing.
+const FLAGS: [&str; 4] = ["--stall-budget", "900ms", "--io-horizon", "50ms"];
+
+/// Shared memory is written past the page table that is looked at; and a kernel that does not track
+/// says so.
+fn track_is_refused_where_it_would_lie(lab: &Lab) -> Result<()> {
+    let guest = lab.guest().backing(Backing::Memfd).boot()?;
+    let vm = guest.pid().to_string();
+    let run = lab.tool(["plan", &vm, "--method", "track", "--json"])?.expect_code(4)?;
+    assert!(run.stderr.contains("shared memory"), "{}", run.stderr);
+    guest.finish()
+}
+
+/// Transparent huge pages of the kernel that runs here, until dropped.
+struct HugePages {
+    before: String,
+}
+
+const HUGE: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
+impl HugePages {
+    fn set(word: &str) -> Result<Self> {
+        let text = fs::read_to_string(HUGE).doing(HUGE)?;
+        let before = text.split(['[', ']']).nth(1).unwrap_or("madvise").to_owned();
+        fs::write(HUGE, word).doing(HUGE)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(HUGE, &self.before);
+    }
+}
+
+fn track_of_small_pages_is_one_instant(lab: &Lab) -> Result<()> {
+    let _huge = HugePages::set("never")?;
+    one_instant(lab)
+}
+
+fn track_of_huge_pages_is_one_instant(lab: &Lab) -> Result<()> {
+    let _huge = HugePages::set("always")?;
+    one_instant(lab)
+}
+
+/// Fast and slow writers, near and far apart: no image by `track` is torn, those by `live` are, and
+/// so are those by `track` with the hold around its looks left out.
+fn one_instant(lab: &Lab) -> Result<()> {
+    let mib = memory_mib();
+    let slow = lab.scale(3_000, 3_000);
+    let rings = [
+        Ring::pair(mib),
+        Ring::spread(mib),
+        Ring::pair(mib).delay(slow),
+        Ring::spread(mib).delay(slow),
+    ];
+    for ring in rings {
+        let mut subject = Subject::boot(lab, ring, Backing::Anonymous, Version::V10_0)?;
+        let (mut runs, mut figures) = (Runs::default(), Figures::default());
+        for _ in 0..lab.scale(3, 15) {
+            let exhibit = acquire(lab, &subject.guest, "track", &FLAGS)?;
+            assert_eq!(exhibit.manifest["class"], "quasi-instantaneous");
+            figures.add(&exhibit.manifest)?;
+            runs.count(&subject.judge(exhibit)?);
+        }
+        let unheld = unheld(lab, &subject, lab.scale(2, 5))?;
+        let controls = subject.controls(lab, lab.scale(1, 5))?;
+        subject.report(&format!("track {runs}, unheld {unheld}, {controls}; {figures}"))?;
+        controls.hold()?;
+        assert_eq!(runs.torn, 0, "track: {runs}");
+        if unheld.torn == 0 {
+            return Err(failed("void: without the hold the images are as whole"));
+        }
+        subject.guest.finish()?;
+    }
+    Ok(())
+}
+
+/// Images by `track` that looks at the marks and clears them while the guest runs.
+fn unheld(lab: &Lab, subject: &Subject, count: u32) -> Result<Runs> {
+    let mut runs = Runs::default();
+    for _ in 0..count {
+        let out = new_dir(lab, "unheld")?;
+        let mut command = lab.at_hold_command()?;
+        command.arg(subject.guest.pid().to_string()).arg(&out).args(["unheld", "900"]);
+        let ended = Running::start(command)?.end()?.expect(1)?;
+        let exhibit = Exhibit::open(&ended.exhibit()?.0)?;
+        assert_eq!(exhibit.manifest["class"], "none");
+        runs.count(&subject.judge(exhibit)?);
+        fs::remove_dir_all(&out)?;
+    }
+    Ok(runs)
+}
+
+/// What the records say of the runs.
+#[derive(Debug, Default)]
+struct Figures {
+    runs: u32,
+    rounds: usize,
+    /// The longest stall, and all together, in nanoseconds.
+    longest: u64,
+    stalls: u64,
+    scan: u64,
+    clear: u64,
+    rest: u64,
+    audited: u64,
+}
+
+impl Figures {
+    fn add(&mut self, manifest: &Value) -> Result<()> {
+        let tracking = &manifest["tracking"];
+        let rounds = tracking["rounds"].as_array().ok_or_else(|| failed("no rounds"))?;
+        let span = |value: &Value| {
+            let at = |name: &str| value[name].as_u64().unwrap_or_default();
+            at("t1_ns").saturating_sub(at("t0_ns"))
+        };
+        self.runs += 1;
+        self.rounds += rounds.len();
+        for round in rounds {
+            self.longest = self.longest.max(span(&round["stall"]));
+            self.stalls += span(&round["stall"]);
+            self.scan += span(&round["scan"]);
+            self.clear += span(&round["clear"]);
+        }
+        self.clear += span(&tracking["first_clear"]);
+        let last = rounds.last().map_or(0, |round| round["written_pages"].as_u64().unwrap_or(0));
+        self.rest += last;
+        self.audited += manifest["audit"]["pages"].as_u64().unwrap_or_default();
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Figures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let runs = u64::from(self.runs.max(1));
+        let ms = |ns: u64| Duration::from_nanos(ns / runs);
+        write!(
+            f,
+            "{} rounds in {} runs; a run: held {:?} (the longest {:?}), looks {:?}, clearing {:?}, {} \
+             pages in the last hold, {} audited",
+            self.rounds,
+            self.runs,
+            ms(self.stalls),
+            Duration::from_nanos(self.longest),
+            ms(self.scan),
+            ms(self.clear),
+            self.rest / runs,
+            self.audited / runs
+        )
+    }
+}
