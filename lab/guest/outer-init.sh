@@ -19,6 +19,7 @@ export PATH=/usr/bin:/bin HOME=/root TMPDIR=/tmp
 export STILLFRAME_LAB=/lab STILLFRAME_LAB_ACCEL=kvm
 stty raw -echo < /dev/ttyS1
 cd /root
+printf '>>>outer up\n' > /dev/ttyS1
 /bin/sh /job/run < /dev/null > /dev/ttyS1 2>&1
 status=$?
 tar -cf /dev/vda -C /out .

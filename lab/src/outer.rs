@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cpio::Cpio;
@@ -47,6 +47,17 @@ const FIRMWARE: [&str; 11] = [
 
 /// Size of the disk that brings files back, and of the empty one for swap; both sparse.
 const DISK: u64 = 8 << 30;
+
+/// How long the outer guest may take to come up: twenty times as long as it takes. Once in some
+/// hundred times it hangs early under TCG; that says nothing of what is tested, and it is started
+/// again, and that is printed.
+const UP: Duration = Duration::from_secs(180);
+
+/// What it says then, before the job.
+const IS_UP: &str = ">>>outer up";
+
+/// How often it is started.
+const STARTS: u32 = 3;
 
 /// Everything but what a job adds: both QEMUs with their libraries and firmware, the kernel and
 /// initramfs of inner guests, in the places where [`Kit`] looks for them.
@@ -191,9 +202,9 @@ impl Outer {
             command.arg("-drive").arg(drive);
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(at("qemu.log"))?);
-        let mut child = command.spawn().doing("starting the outer guest")?;
-        let ended = self.watch(&mut child, &at("output"), deadline);
-        let text = read(&at("output"));
+        let (mut child, output) = (up(&mut command, &at("output"))?, at("output"));
+        let ended = self.watch(&mut child, &output, deadline);
+        let text = job_output(&output);
         let complain = |what: String| {
             let tail = |text: &str| text[text.len().saturating_sub(2000)..].trim().to_owned();
             let (console, log) = (tail(&read(&at("console"))), read(&at("qemu.log")));
@@ -228,16 +239,11 @@ impl Outer {
     }
 
     /// Waits for the end and passes on new output meanwhile.
-    fn watch(
-        &self,
-        child: &mut std::process::Child,
-        output: &Path,
-        deadline: Duration,
-    ) -> Result<()> {
+    fn watch(&self, child: &mut Child, output: &Path, deadline: Duration) -> Result<()> {
         let until = Instant::now() + deadline;
         let mut shown = 0;
         let mut show = || {
-            let text = read(output);
+            let text = job_output(output);
             // Whole lines only, and not the line that ends the job.
             let end = text.rfind('\n').map_or(0, |at| at + 1);
             if let Some(new) = text.get(shown..end).filter(|new| !new.is_empty() && self.echo) {
@@ -261,6 +267,36 @@ impl Outer {
             .doing(format_args!("past its {} s", deadline.as_secs()))
             .map(drop)
     }
+}
+
+/// Starts the outer guest and waits until it is up.
+fn up(command: &mut Command, output: &Path) -> Result<Child> {
+    for start in 1..=STARTS {
+        let mut child = command.spawn().doing("starting the outer guest")?;
+        let until = Instant::now() + UP;
+        while !read(output).starts_with(IS_UP) {
+            if child.try_wait()?.is_some() {
+                // It died: what it said is told by whoever waits for its end.
+                return Ok(child);
+            }
+            if Instant::now() > until {
+                child.kill().and_then(|()| child.wait()).doing("ending the outer guest")?;
+                println!("         the outer guest hung at start {start} of {STARTS}");
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        if child.try_wait()?.is_none() {
+            return Ok(child);
+        }
+    }
+    Err(failed(format_args!("the outer guest did not come up in {STARTS} starts")))
+}
+
+/// What the job wrote.
+fn job_output(path: &Path) -> String {
+    let text = read(path);
+    text.strip_prefix(IS_UP).unwrap_or(&text).trim_start_matches(['\r', '\n']).to_owned()
 }
 
 fn read(path: &Path) -> String {

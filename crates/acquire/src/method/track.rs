@@ -534,7 +534,9 @@ impl Follower<'_> {
             Ok(found) => {
                 let took = Duration::from_nanos(scan.t1_ns - scan.t0_ns);
                 let outcome = match self.decide(found, took, round, until, buffer.len() as u64) {
-                    Decision::Read => self.read_rest(round + 1, found, until, buffer, sample),
+                    Decision::Read => {
+                        self.read_rest(round + 1, found, (held_ns, until), buffer, sample)
+                    }
                     Decision::Clear => self.clear(marks).map(Outcome::Cleared),
                     Decision::GiveUp(needed) => Err(failed(TrackError::Behind {
                         rounds: round,
@@ -648,7 +650,7 @@ impl Follower<'_> {
         &mut self,
         pass: u32,
         found: Found,
-        until: Instant,
+        (held_ns, until): (u64, Instant),
         buffer: &mut [u8],
         sample: &Sample,
     ) -> Result<Outcome, Cut<PassError>> {
@@ -677,6 +679,9 @@ impl Follower<'_> {
         let span = Span { t0_ns, t1_ns: work.log.now_ns() };
         let release = self.at_most() / RELEASE;
         let until = until.checked_sub(release).unwrap_or(until);
+        // The guest shall not stand longer for the sample than for the image.
+        let long = Duration::from_nanos(span.t1_ns.saturating_sub(held_ns)).max(LEAST_AUDIT);
+        let until = until.min(Instant::now() + long);
         // A page that changed since the sample was drawn is not believed to be as it was.
         let clean = |pick: &Pick| {
             let watched = self.watched.get(pick.cell);
@@ -749,6 +754,9 @@ impl Follower<'_> {
 }
 
 const PAGE_BYTES: usize = 4096;
+
+/// What the audit may take of a hold, however short that was.
+const LEAST_AUDIT: Duration = Duration::from_millis(10);
 
 /// Looks at the marks, at most: what does not shrink until then will not.
 const ROUNDS: u32 = 8;
