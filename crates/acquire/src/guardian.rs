@@ -536,6 +536,10 @@ impl Guardian {
         })?;
         let whom = target.whom();
         let begun = begin(&whom, who, capture, &undo, log);
+        if matches!(begun, Err(Begin::Start(_))) {
+            // Nothing was begun: there is nothing that anybody would have to undo.
+            undo.remove();
+        }
         let (peer, rights, undone) = begun.map_err(|error| match error {
             Begin::Ask(error) => Failure::Asked(error),
             Begin::Start(text) => refuse(

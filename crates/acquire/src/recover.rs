@@ -5,7 +5,7 @@
 
 use crate::guardian::{self, Undone};
 use crate::log::Notes;
-use crate::undo::{Left, Line, Undo, UndoError};
+use crate::undo::{self, Left, Line, Undo, UndoError};
 use host::clock::monotonic_ns;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -19,6 +19,10 @@ const OVERDUE: Duration = Duration::from_secs(1);
 
 /// How long it may take until the kernel has let a file go whose owners were ended.
 const RELEASE: Duration = Duration::from_secs(5);
+
+/// How long a file may stay locked that no living process claims: whose owners have just died, or
+/// begin only now.
+const DYING: Duration = Duration::from_secs(1);
 
 /// What was found and done for one VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -49,7 +53,8 @@ pub fn recover(wanted: Option<&str>, force: bool) -> Result<Vec<Recovered>, Undo
             Some(Line::Begin { name, target, .. }) => {
                 name == wanted || target.pid.to_string() == wanted
             }
-            _ => false,
+            // A run that was killed before it could say more has named its file.
+            _ => undo::pid_of(path).is_some_and(|pid| pid.to_string() == wanted),
         }
     };
     let paths = Undo::all()?.into_iter().filter(is_meant);
@@ -58,7 +63,17 @@ pub fn recover(wanted: Option<&str>, force: bool) -> Result<Vec<Recovered>, Undo
 
 /// `None`: its run has ended meanwhile, and left nothing.
 fn one(path: &Path, force: bool) -> Option<Recovered> {
-    match Undo::open(path, false) {
+    let until = Instant::now() + DYING;
+    let mut opened = Undo::open(path, false);
+    // Nobody is at work there: the kernel closes the files of whoever has just died.
+    while matches!(opened, Err(UndoError::Taken { .. }))
+        && !Undo::peek(path).has_owner()
+        && Instant::now() < until
+    {
+        std::thread::sleep(Duration::from_millis(5));
+        opened = Undo::open(path, false);
+    }
+    match opened {
         Ok(undo) => Some(put_right(undo, force)),
         Err(UndoError::Taken { .. }) => Some(taken(path, force)),
         Err(UndoError::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => None,

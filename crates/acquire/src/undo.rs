@@ -154,6 +154,11 @@ pub fn directory() -> PathBuf {
     PathBuf::from(format!("/tmp/stillframe-{uid}"))
 }
 
+/// The VM's process id, by the name of its file.
+pub fn pid_of(path: &Path) -> Option<u32> {
+    path.file_stem()?.to_str()?.split_once('-')?.0.parse().ok()
+}
+
 /// Makes the directory if need be; it must be ours alone, for what is in it is acted on.
 fn own_directory() -> Result<PathBuf, UndoError> {
     let path = directory();
