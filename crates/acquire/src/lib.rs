@@ -33,6 +33,7 @@ use crate::log::Log;
 use crate::look::Looked;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
 use crate::method::track;
+use crate::monitor::Told;
 use crate::plan::{Plan, PlannedHold, PlannedTracking, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
 use crate::seal::process::Sealer;
@@ -202,7 +203,7 @@ pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Do
     if run.end.is_none() {
         run.capture(request, &looked, &plan, &guarded, &mut guardian, &log, tell, stop); // capture
     }
-    run.map_again(&looked, &mut guardian, &log, tell);
+    run.map_again(&looked, &mut guardian, &log, &began, tell);
     run.part(guardian, &log, tell);
     let sealed = run.seal(request, &plan, &mut guarded, &log, tell, &stop.next());
     run.exhibit(request, &looked, &plan, guarded, sealed, &log, &began) // exhibit
@@ -451,6 +452,7 @@ impl Run {
         looked: &Looked,
         guardian: &mut Guardian,
         log: &Log,
+        began: &host::clock::Moment,
         tell: &dyn Observer,
     ) {
         let asked = match guardian.again() {
@@ -468,15 +470,15 @@ impl Run {
                 self.map_after = Some((record::file_record(exhibit::MAP_AFTER, &text), text));
                 self.map_difference = looked.located.difference(&again.located);
                 self.run_state_after = Some(again.run_state.clone());
-                for (name, data) in &again.events {
-                    log.add("event", json!({ "name": name, "data": data }));
+                for event in &again.events {
+                    log.add("event", event);
                 }
-                let disturbances = disturbances(&again);
+                let disturbances = disturbances(&again, self.last_moment_us(log, began));
                 for text in &disturbances {
                     tell.event(Event::Warning { text: format!("meanwhile {text}") });
                 }
                 self.disturbances.extend(disturbances);
-                self.events = again.events.into_iter().map(|(name, _)| name).collect();
+                self.events = again.events.into_iter().map(|event| event.name).collect();
             }
             Err(error) => {
                 let reason = format!("the map could not be taken again: {}", told(&error));
@@ -489,6 +491,14 @@ impl Run {
         if let Some(difference) = &self.map_difference {
             tell.event(Event::MapChanged { difference: difference.clone() });
         }
+    }
+
+    /// The last moment that the image shows, in microseconds of UTC: what QEMU told of later happened
+    /// to another machine than the one in the image. Absent when nothing was held.
+    fn last_moment_us(&self, log: &Log, began: &host::clock::Moment) -> Option<i64> {
+        let held = self.held.as_ref()?;
+        let origin_ns = log.since_ns(began.monotonic_ns);
+        host::clock::later_us(began, held.hold.released_ns.saturating_sub(origin_ns))
     }
 
     /// The guardian goes, and with it the claim to the VM.
@@ -768,9 +778,9 @@ fn processes(parting: &Parting, sealers: &[manifest::Process]) -> Vec<manifest::
     parting.rights.iter().cloned().chain(capture).chain(sealers.iter().cloned()).collect()
 }
 
-/// What happened between the two looks that makes the image one of a machine that did not stay
-/// itself.
-fn disturbances(again: &look::Again) -> Vec<String> {
+/// What happened between the first look and `until_us`, or the last look, that makes the image one of
+/// a machine that did not stay itself.
+fn disturbances(again: &look::Again, until_us: Option<i64>) -> Vec<String> {
     let of_event = |name: &str| match name {
         "RESET" => Some("the machine was reset: the image may hold two boots"),
         "SHUTDOWN" => Some("the machine shut down"),
@@ -778,14 +788,25 @@ fn disturbances(again: &look::Again) -> Vec<String> {
         "MEMORY_DEVICE_SIZE_CHANGE" => Some("a memory device changed its size"),
         _ => None,
     };
+    let later = |event: &Told| match (event.utc_us, until_us) {
+        // QEMU stamps an event when it tells of it, a little after it happened.
+        (Some(event), Some(until)) => event > until + TELLING_US,
+        _ => false,
+    };
+    let events = again.events.iter().filter(|event| !later(event));
     let mut texts: Vec<String> =
-        again.events.iter().filter_map(|(name, _)| of_event(name)).map(str::to_owned).collect();
-    if ["postmigrate", "finish-migrate", "inmigrate"].contains(&again.run_state.as_str()) {
+        events.filter_map(|event| of_event(&event.name)).map(str::to_owned).collect();
+    if until_us.is_none()
+        && ["postmigrate", "finish-migrate", "inmigrate"].contains(&again.run_state.as_str())
+    {
         texts.push(format!("the machine began to migrate: it is {:?}", again.run_state));
     }
     texts.dedup();
     texts
 }
+
+/// How long after something happened QEMU may still be busy before it tells of it: 100 ms.
+const TELLING_US: i64 = 100_000;
 
 /// An error with its causes on one line, for the record.
 pub(crate) fn told(error: &dyn std::error::Error) -> String {

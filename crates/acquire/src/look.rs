@@ -4,7 +4,7 @@ use crate::event::{Event, Observer};
 use crate::find::{self, Row, Target};
 use crate::log::{Log, Notes};
 use crate::map::{self, Located};
-use crate::monitor::{Asked, AskedAgain, Monitor, VmFacts};
+use crate::monitor::{Asked, AskedAgain, Monitor, Told, VmFacts};
 use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, TrackFacts};
 use crate::{Failure, Request, draft, speed, told};
 use evidence::format::{self, Arch, Format};
@@ -40,8 +40,8 @@ pub struct Again {
     pub located: Located,
     /// QEMU's run state now.
     pub run_state: String,
-    /// What QEMU told unasked since the first look: name and data of each event.
-    pub events: Vec<(String, serde_json::Value)>,
+    /// What QEMU told unasked since the first look.
+    pub events: Vec<Told>,
 }
 
 /// What `plan` shows.

@@ -98,8 +98,20 @@ pub struct AskedAgain {
     pub view: GuestView,
     /// The run state.
     pub run_state: String,
-    /// What QEMU told unasked since the monitor was opened: name and data.
-    pub events: Vec<(String, Value)>,
+    /// What QEMU told unasked since the monitor was opened.
+    pub events: Vec<Told>,
+}
+
+/// An event of QEMU's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Told {
+    /// Its name.
+    pub name: String,
+    /// Its data.
+    pub data: Value,
+    /// When, in microseconds of UTC by QEMU's clock, which is the host's; absent when QEMU could not
+    /// read it.
+    pub utc_us: Option<i64>,
 }
 
 /// A monitor of a VM, and nobody else's.
@@ -108,7 +120,7 @@ pub struct Monitor {
     qmp: Qmp,
     skipped: Vec<String>,
     /// Events taken out of the connection and not yet handed on.
-    events: Vec<(String, Value)>,
+    events: Vec<Told>,
 }
 
 impl Monitor {
@@ -210,12 +222,16 @@ impl Monitor {
     pub fn heard(&mut self, names: &[&str]) -> bool {
         let from = self.events.len();
         self.take_events();
-        self.events.iter().skip(from).any(|(event, _)| names.contains(&event.as_str()))
+        self.events.iter().skip(from).any(|event| names.contains(&event.name.as_str()))
     }
 
     fn take_events(&mut self) {
         let events = self.qmp.take_events().into_iter();
-        self.events.extend(events.map(|event| (event.name, event.data)));
+        self.events.extend(events.map(|event| {
+            let known = event.seconds >= 0;
+            let utc_us = event.seconds.saturating_mul(1_000_000).saturating_add(event.microseconds);
+            Told { name: event.name, data: event.data, utc_us: known.then_some(utc_us) }
+        }));
     }
 
     fn ask(&mut self, whom: &Whom) -> Result<(VmFacts, Option<String>, Option<String>), QmpError> {

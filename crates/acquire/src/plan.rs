@@ -944,6 +944,84 @@ mod tests {
         }
     }
 
+    /// A host that tracks: 12 ms to look at 1 GiB, 5 ms to clear it.
+    fn tracked() -> Facts {
+        let track =
+            TrackFacts { unfit: None, clear_a_gib_ns: 5_000_000, scan_a_gib_ns: 12_000_000 };
+        Facts { track, ..facts() }
+    }
+
+    fn track_by_name(wish: Wish) -> Wish {
+        Wish { method: Some(Method::Track), ..wish }
+    }
+
+    #[test]
+    fn track_is_taken_where_freeze_takes_too_long() {
+        // 4 GiB are looked at in 24 ms, and 3 GiB cleared in 30.
+        let plan = choose(&tracked(), &within(150)).unwrap();
+        assert_eq!((plan.method, plan.class), (Method::Track, Class::QuasiInstantaneous));
+        let (hold, tracking) = (plan.hold.unwrap(), plan.tracking.unwrap());
+        assert_eq!((hold.kind, hold.at_most_ns), (HoldKind::Ptrace, 150_000_000));
+        assert!((55_000_000..60_000_000).contains(&hold.expected_ns), "{hold:?}");
+        // What is read in 150 ms at 10 GiB/s.
+        assert_eq!(tracking.buffer_bytes, (10 << 30) * 150 / 1000);
+        assert_eq!((tracking.io_horizon_ns, tracking.clears_at_most), (1_000_000_000, CLEARS));
+        assert!(plan.changes.iter().any(|change| change.contains("soft-dirty")));
+        let freeze = plan.rejected.iter().find(|r| r.method == Method::Freeze).unwrap();
+        assert!(freeze.reason.contains("ms"), "{freeze:?}");
+        // Freeze comes first, and twice what is expected must be allowed.
+        assert_eq!(choose(&tracked(), &within(900)).unwrap().method, Method::Freeze);
+        let refusal = choose(&tracked(), &within(100)).unwrap_err();
+        let advised: Vec<u64> = refusal
+            .remedies
+            .iter()
+            .filter_map(|r| r.strip_prefix("--stall-budget ")?.strip_suffix("ms")?.parse().ok())
+            .collect();
+        for ms in advised {
+            assert!(choose(&tracked(), &within(ms)).is_ok(), "{ms} ms of {refusal:?}");
+        }
+        assert_eq!(choose(&tracked(), &track_by_name(within(60))).unwrap().method, Method::Track);
+        refused(&tracked(), &track_by_name(within(50)), "50 ms is allowed");
+    }
+
+    #[test]
+    fn track_is_refused_where_it_would_lie() {
+        refused(&facts(), &track_by_name(within(900)), "not here");
+        let with = |hold: HoldFacts| Facts { hold, ..tracked() };
+        let writers = with(HoldFacts { writers: vec!["vhost-user".into()], ..tracked().hold });
+        refused(&writers, &track_by_name(within(900)), "vhost-user");
+        let traced = with(HoldFacts { traced_by: Some(7), ..tracked().hold });
+        refused(&traced, &track_by_name(within(900)), "process 7");
+        let stop = Wish { hold: HoldWish::Stop, ..track_by_name(within(900)) };
+        refused(&tracked(), &stop, "ptrace only");
+        let unmeasured = with(HoldFacts { speed: None, ..tracked().hold });
+        refused(&unmeasured, &track_by_name(within(900)), "measured");
+        let unlocked = with(HoldFacts { lock_limit_bytes: Some(64 << 10), ..tracked().hold });
+        refused(&unlocked, &track_by_name(within(900)), "may be locked");
+        // Threads of the kernel write between a look and a clearing: there is one clearing only.
+        let vhost = with(HoldFacts { vhost_in_kernel: true, ..tracked().hold });
+        let plan = choose(&vhost, &track_by_name(within(900))).unwrap();
+        assert_eq!(plan.tracking.unwrap().clears_at_most, 1);
+        assert!(plan.warnings[0].contains("vhost"), "{:?}", plan.warnings);
+        // A control gets no class.
+        let control = Wish { rounds_unheld: 1, ..track_by_name(within(900)) };
+        assert_eq!(choose(&tracked(), &control).unwrap().class, Class::None);
+    }
+
+    #[test]
+    fn the_last_pass_of_track_is_kept_within_the_memory_that_is_allowed() {
+        let buffer = |facts: &Facts, wish: &Wish| {
+            choose(facts, &track_by_name(wish.clone())).unwrap().tracking.unwrap().buffer_bytes
+        };
+        let tight = Facts { ram_limit_bytes: (3 << 30) + (64 << 20), ..tracked() };
+        assert_eq!(buffer(&tight, &within(900)), 64 << 20);
+        // On disk the store takes no memory.
+        let disk = Wish { store: Some(StoreKind::Disk), ..within(100) };
+        assert_eq!(buffer(&tight, &disk), (10 << 30) / 10);
+        let small = Facts { image_bytes: 1 << 20, resident_bytes: 1 << 20, ..tracked() };
+        assert_eq!(buffer(&small, &within(900)), LEAST_BUFFER);
+    }
+
     #[test]
     fn a_long_hold_is_qemus() {
         let slow = Facts { max_rate: Some(1 << 30), ..facts() };

@@ -45,6 +45,12 @@ pub fn later(moment: &Moment, ns: u64) -> Option<String> {
     Some(format!("{later:.9}"))
 }
 
+/// The same as [`later`], in microseconds since 1970.
+pub fn later_us(moment: &Moment, ns: u64) -> Option<i64> {
+    let utc: jiff::Timestamp = moment.utc.parse().ok()?;
+    utc.as_microsecond().checked_add(i64::try_from(ns / 1000).ok()?)
+}
+
 /// The host's local time minus UTC in seconds, by its own time zone file.
 pub fn local_offset_s() -> i32 {
     jiff::ZonedDateTime::now().offset().seconds()
