@@ -1226,6 +1226,67 @@ pub(crate) mod tests {
         manifest
     }
 
+    fn track() -> Manifest {
+        let mut manifest = freeze();
+        (manifest.method, manifest.class) = (Method::Track, Class::QuasiInstantaneous);
+        let span = |t0_ns, t1_ns| Span { t0_ns, t1_ns };
+        manifest.window = Some(span(300, 3_300));
+        manifest.passes = vec![
+            Pass { n: 1, t0_ns: 300, t1_ns: 400, bytes: 3 << 20 },
+            Pass { n: 2, t0_ns: 600, t1_ns: 700, bytes: 8192 },
+            Pass { n: 3, t0_ns: 2_000, t1_ns: 3_000, bytes: 4096 },
+        ];
+        manifest.tracking = Some(Tracking {
+            io_horizon_ns: 100,
+            block_latency_ns: Some(7),
+            held: true,
+            first_clear: span(100, 150),
+            rounds: vec![
+                Round {
+                    stall: span(450, 550),
+                    scan: span(460, 500),
+                    written_pages: 2,
+                    clear: Some(span(500, 540)),
+                    read: None,
+                },
+                Round {
+                    stall: span(800, 3_400),
+                    scan: span(900, 1_900),
+                    written_pages: 1,
+                    clear: None,
+                    read: Some(span(2_000, 3_000)),
+                },
+            ],
+        });
+        manifest
+    }
+
+    #[test]
+    fn contradictions_of_tracking_are_named() {
+        type Edit = fn(&mut Tracking);
+        let cases: [(Edit, &str); 7] = [
+            (|t| t.held = false, "tracking.held"),
+            (|t| t.rounds.truncate(1), "tracking.rounds"),
+            (|t| t.rounds[1].read = None, "tracking.rounds"),
+            (|t| t.rounds[0].read = Some(t.rounds[0].scan), "tracking.rounds[0]"),
+            (|t| t.rounds[0].clear = Some(t.first_clear), "tracking.rounds[0]"),
+            (|t| t.rounds[0].stall.t0_ns = 120, "tracking.rounds[0]"),
+            (|t| t.rounds[1].stall.t1_ns = 2_500, "tracking.rounds[1]"),
+        ];
+        for (number, (edit, field)) in cases.into_iter().enumerate() {
+            let mut manifest = track();
+            edit(manifest.tracking.as_mut().unwrap());
+            let named: Vec<_> = manifest.contradictions().into_iter().map(|c| c.field).collect();
+            assert!(named.iter().any(|named| named == field), "{number}: {named:?}");
+        }
+        let mut without = track();
+        without.tracking = None;
+        assert!(without.contradictions().iter().any(|c| c.field == "tracking"));
+        let mut other = freeze();
+        other.tracking = track().tracking;
+        assert!(other.contradictions().iter().any(|c| c.field == "tracking"));
+    }
+
     fn failed() -> Manifest {
         let mut manifest = example();
         manifest.status = Status::Failed;
@@ -1238,7 +1299,7 @@ pub(crate) mod tests {
 
     #[test]
     fn sound_records_do_not_contradict_themselves() {
-        for manifest in [example(), partial(), freeze(), failed()] {
+        for manifest in [example(), partial(), freeze(), track(), failed()] {
             assert_eq!(manifest.contradictions(), []);
             let json = manifest.to_json().unwrap();
             assert_eq!(Manifest::parse(&json).unwrap(), manifest);
@@ -1387,7 +1448,7 @@ pub(crate) mod tests {
     #[test]
     fn what_is_written_follows_the_published_schema() {
         let manifests = validator("manifest-1.schema.json");
-        for manifest in [example(), partial(), freeze(), failed()] {
+        for manifest in [example(), partial(), freeze(), track(), failed()] {
             let json = serde_json::to_value(&manifest).unwrap();
             let errors: Vec<_> = manifests.iter_errors(&json).map(|e| e.to_string()).collect();
             assert_eq!(errors, Vec::<String>::new());

@@ -50,6 +50,16 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
                 time(hold.at_most_ns)
             ),
         },
+        match &plan.tracking {
+            None => "tracking none: no mark of the kernel's is touched".to_owned(),
+            Some(tracking) => format!(
+                "tracking clearing marks takes {} as expected; nothing is read sooner than {} after it \
+                 was seen written; at most {} are read in the last hold",
+                time(tracking.clear_expected_ns),
+                time(tracking.io_horizon_ns),
+                size(tracking.buffer_bytes)
+            ),
+        },
         format!(
             "memory   {} in the image, {} resident, {} swapped out",
             size(facts.image_bytes),
