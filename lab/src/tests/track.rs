@@ -1,12 +1,16 @@
 //! `track`: images of one instant of a guest that is held for milliseconds. The kernel of this
 //! machine need not track written pages: all of it is tried in the outer guest.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use lab::tear::Runs;
-use lab::{Backing, Doing, Lab, Result, Ring, Version, failed, here, outer};
-use serde_json::Value;
+use lab::{
+    Backing, Doing, GUEST_MODULES, Guest, Lab, Result, Ring, Version, failed, here, outer, pattern,
+};
+use serde_json::{Value, json};
 
 use super::exhibit::{Exhibit, acquire};
 use super::run::{Running, new_dir};
@@ -14,8 +18,12 @@ use super::tear::{Subject, memory_mib};
 
 pub(crate) const TESTS: &[lab::runner::Test] = here![track_is_refused_where_it_would_lie];
 
-pub(crate) const OUTER: &[lab::runner::Test] =
-    outer![track_of_small_pages_is_one_instant, track_of_huge_pages_is_one_instant,];
+pub(crate) const OUTER: &[lab::runner::Test] = outer![
+    track_of_small_pages_is_one_instant,
+    track_of_huge_pages_is_one_instant,
+    a_busy_linux_guest_is_followed,
+    a_merging_host_and_a_balloon_lose_nothing,
+];
 
 /// What the outer guest's translated CPU needs; a device of a counting guest writes nothing.
 const FLAGS: [&str; 4] = ["--stall-budget", "900ms", "--io-horizon", "50ms"];
@@ -106,6 +114,95 @@ fn one_instant(lab: &Lab) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The numbers that pages of `plant dirty` carry: of the round in which each was last written.
+fn rounds(guest: &mut Guest, exhibit: &Exhibit) -> Result<BTreeSet<u64>> {
+    let (mut rounds, mut pages) = (BTreeSet::new(), 0);
+    let image = exhibit.image()?;
+    for line in guest.ram()? {
+        let bytes = image.read(line.gpa, line.len)?;
+        for (pfn, page) in (line.gpa / 4096..).zip(bytes.chunks_exact(pattern::PAGE)) {
+            if page.starts_with(&pattern::MAGIC) && page[16..24] == pfn.to_le_bytes() {
+                rounds.insert(u64::from_le_bytes(page[8..16].try_into()?));
+                pages += 1;
+            }
+        }
+    }
+    assert!(pages > 1000, "{pages} pages carry a number");
+    Ok(rounds)
+}
+
+/// One instant: the round that is being written, and the one before it.
+fn is_one_instant(rounds: &BTreeSet<u64>) -> bool {
+    let (first, last) = (rounds.first(), rounds.last());
+    first.zip(last).is_some_and(|(first, last)| last - first <= 1)
+}
+
+/// A program of a Linux guest that goes round its pages, ten times a second, and whatever else such a
+/// guest does.
+fn followed(lab: &Lab, guest: &mut Guest, images: u32, flags: &[&str]) -> Result<()> {
+    let flags = [&["--stall-budget", "900ms"], flags].concat();
+    let mut figures = Figures::default();
+    for _ in 0..images {
+        let exhibit = acquire(lab, guest, "track", &flags)?;
+        lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
+        let rounds = rounds(guest, &exhibit)?;
+        assert!(is_one_instant(&rounds), "track: {rounds:?}");
+        assert_eq!(exhibit.manifest["class"], "quasi-instantaneous");
+        figures.add(&exhibit.manifest)?;
+        exhibit.remove()?;
+    }
+    // As slow as the program is fast.
+    let control = acquire(lab, guest, "live", &["--max-rate", "32M"])?;
+    let torn = rounds(guest, &control)?;
+    assert!(!is_one_instant(&torn), "void: live shows one instant too");
+    control.remove()?;
+    println!("         {figures}; live shows {} rounds", torn.len());
+    Ok(())
+}
+
+fn a_busy_linux_guest_is_followed(lab: &Lab) -> Result<()> {
+    let mut guest = lab.guest().memory_mib(128).boot()?;
+    guest.plant("dirty 8 20480", Duration::from_secs(60))?;
+    followed(lab, &mut guest, lab.scale(2, 10), &[])?;
+    guest.finish()
+}
+
+/// Kernel same-page merging at full speed, for as long as it lives.
+struct Merging;
+
+const KSM: &str = "/sys/kernel/mm/ksm";
+
+impl Merging {
+    fn start() -> Result<Self> {
+        for (file, value) in [("sleep_millisecs", "0"), ("pages_to_scan", "10000"), ("run", "1")] {
+            fs::write(format!("{KSM}/{file}"), value).doing(file)?;
+        }
+        Ok(Self)
+    }
+}
+
+impl Drop for Merging {
+    fn drop(&mut self) {
+        let _ = fs::write(format!("{KSM}/run"), "2");
+    }
+}
+
+/// Pages lose their marks when they are merged, and when the balloon takes them: neither is taken for
+/// a page that was not written.
+fn a_merging_host_and_a_balloon_lose_nothing(lab: &Lab) -> Result<()> {
+    let _merging = Merging::start()?;
+    let balloon = ["-device", "virtio-balloon-pci"];
+    let mut guest = lab.guest().memory_mib(160).args(&balloon).boot()?;
+    guest.sh(&format!("for m in {}; do insmod /modules/$m.ko; done", GUEST_MODULES.join(" ")))?;
+    guest.plant("dirty 8 20480", Duration::from_secs(60))?;
+    for (size, images) in [(112u64, 1), (160, 1), (112, lab.scale(1, 8))] {
+        // It goes on while the image is taken.
+        guest.qmp("balloon", json!({ "value": size << 20 }))?;
+        followed(lab, &mut guest, images, &["--io-horizon", "100ms"])?;
+    }
+    guest.finish()
 }
 
 /// Images by `track` that looks at the marks and clears them while the guest runs.
