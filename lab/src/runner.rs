@@ -285,7 +285,7 @@ pub fn run_here(lab: &Lab, tests: &[Test]) -> Tally {
 pub const INSIDE: &str = "         in the outer guest ";
 
 /// Longest time for all tests of the outer guest together.
-const OUTER: [Duration; 2] = [Duration::from_secs(900), Duration::from_secs(3500)];
+const OUTER: [Duration; 2] = [Duration::from_secs(1500), Duration::from_secs(3500)];
 
 /// Boots the outer guest, runs tests in it with this same binary, and counts what it says.
 pub fn run_outer(lab: &Lab, tests: &[Test]) -> Tally {

@@ -170,7 +170,8 @@ pub struct Manifest {
     pub window: Option<Span>,
     /// The passes over memory, numbered from 1.
     pub passes: Vec<Pass>,
-    /// How far the two reads of each block agreed; null when no block was read twice.
+    /// How far the two reads of each block agreed; null when no block was read twice, and when the
+    /// guest was followed: then only what had been written was read again.
     pub stable: Option<Stable>,
     /// How many bytes of imaged memory are in each state.
     pub states: StateBytes,
@@ -845,6 +846,7 @@ impl Manifest {
         };
         let track = self.method == Method::Track;
         out.unless(track, "tracking", "is of no other method than track");
+        out.unless(self.stable.is_none(), "stable", "not all pages were read twice");
         out.unless(!instant || tracking.held, "tracking.held", "the class needs it");
         let last = tracking.rounds.last();
         let read = last.is_some_and(|round| round.read.is_some());
@@ -1282,6 +1284,9 @@ pub(crate) mod tests {
         let mut without = track();
         without.tracking = None;
         assert!(without.contradictions().iter().any(|c| c.field == "tracking"));
+        let mut stable = track();
+        stable.stable = Stable::new(7, 1);
+        assert!(stable.contradictions().iter().any(|c| c.field == "stable"));
         let mut other = freeze();
         other.tracking = track().tracking;
         assert!(other.contradictions().iter().any(|c| c.field == "tracking"));

@@ -2,7 +2,7 @@
 //! guest is held waits for whoever started it.
 //!
 //! `stillframe-at-hold VM DIR unheld MILLISECONDS`: takes one by `track` with the hold around its looks
-//! at the marks of written pages left out, three times, and waits for nobody. Such an image is torn, as
+//! at the marks of written pages left out, eight times, and waits for nobody. Such an image is torn, as
 //! the tear benchmark must see.
 //!
 //! For the lab, which wants to look at the guest's memory meanwhile with eyes of its own. It is also
@@ -47,7 +47,7 @@ fn request(args: &[String]) -> Option<Request> {
     let (method, hold, rounds_unheld) = match how.as_str() {
         "ptrace" => (Method::Freeze, HoldWish::Ptrace, 0),
         "stop" => (Method::Freeze, HoldWish::Stop, 0),
-        "unheld" => (Method::Track, HoldWish::Ptrace, 3),
+        "unheld" => (Method::Track, HoldWish::Ptrace, 8),
         _ => return None,
     };
     let stall_budget = Duration::from_millis(budget.parse().ok()?);
