@@ -49,7 +49,7 @@ enum Ask {
     /// What the block devices have done so far.
     BlockTimes,
     /// A hold by ptrace begins now and ends by this time of CLOCK_MONOTONIC.
-    Arm { until_ns: u64 },
+    Arm { until_ns: u64, holder: Who },
     /// It has ended.
     Disarm,
     /// Stop the guest, and let it go on by this time at the latest.
@@ -209,6 +209,8 @@ struct Keeper {
     monitor: Option<Monitor>,
     notes: Notes,
     held: Option<Held>,
+    /// The process that holds by ptrace.
+    holder: Option<Process>,
     /// The last hold was ended by us.
     expired: bool,
 }
@@ -260,6 +262,7 @@ impl Keeper {
             monitor,
             notes,
             held: None,
+            holder: None,
             expired: false,
         };
         // Whether it is heard or not: what is not undone is undone in the end.
@@ -316,14 +319,15 @@ impl Keeper {
             }
             Ask::Again => Ok(Reply::Again(Box::new(self.monitor()?.again()?))),
             Ask::BlockTimes => Ok(Reply::BlockTimes(self.monitor()?.block_times()?)),
-            Ask::Arm { until_ns } => {
-                self.announce(&Line::Ptrace { until_ns })?;
+            Ask::Arm { until_ns, holder } => {
+                self.announce(&Line::Ptrace { until_ns, holder: Some(holder) })?;
                 self.expired = false;
+                self.holder = holder.open();
                 self.held = Some(Held { by_qemu: false, asked: false, until_ns });
                 Ok(Reply::Done)
             }
             Ask::Disarm => {
-                self.held = None;
+                (self.held, self.holder) = (None, None);
                 self.announce(&Line::Free)?;
                 Ok(Reply::Done)
             }
@@ -423,9 +427,13 @@ impl Keeper {
             }
             return;
         }
-        // Only the end of the thread that holds lets go when it does not do so itself.
+        // It should have let go by itself, and the kernel's timer have ended it.
         self.held = None;
-        let _ = host::process::end_by_force(&self.capture);
+        if let Some(holder) = self.holder.take() {
+            let _ = host::process::end_by_force(&holder);
+        }
+        // Whatever capture does by now, it holds nothing; what cannot be written is undone twice.
+        let _ = self.announce(&Line::Free);
     }
 }
 
@@ -598,12 +606,12 @@ impl Guardian {
         }
     }
 
-    /// Announces a hold by ptrace: past `until_ns` the guardian kills this process.
+    /// Announces a hold by ptrace: past `until_ns` the guardian kills the process that holds.
     ///
     /// # Errors
     /// [`GuardianError`]: there must be no hold then.
-    pub fn arm(&mut self, until_ns: u64) -> Result<(), GuardianError> {
-        self.ask(&Ask::Arm { until_ns }, PROMPT).map(drop)
+    pub fn arm(&mut self, until_ns: u64, holder: Who) -> Result<(), GuardianError> {
+        self.ask(&Ask::Arm { until_ns, holder }, PROMPT).map(drop)
     }
 
     /// The hold by ptrace has ended.

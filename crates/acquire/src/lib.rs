@@ -11,6 +11,7 @@ pub mod event;
 pub mod find;
 pub mod guard;
 pub mod guardian;
+pub mod holder;
 pub mod log;
 pub mod look;
 pub mod map;
@@ -29,6 +30,7 @@ use crate::copy::{Cell, Cut};
 use crate::event::{Event, Observer};
 use crate::guard::Guarded;
 use crate::guardian::{Guardian, GuardianError, Parting};
+use crate::holder::HolderError;
 use crate::log::Log;
 use crate::look::Looked;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
@@ -43,7 +45,6 @@ use evidence::exhibit;
 use evidence::manifest::{self, BlocksFile, Class, FileRecord, Image, JournalFile, MapCheck};
 use evidence::record::Span;
 use evidence::{GuestRange, PageState};
-use host::hold::HoldError;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -244,6 +245,8 @@ struct Run {
     changes: Vec<manifest::Change>,
     /// What is known of the guardian, once it is gone.
     parting: Parting,
+    /// The rights of the process that held the guest last, by ptrace.
+    holders: Vec<manifest::Process>,
     /// The rights of the processes that sealed.
     sealers: Vec<manifest::Process>,
 }
@@ -288,6 +291,7 @@ impl Run {
             stalls_ns: Vec::new(),
             changes: Vec::new(),
             parting: Parting::default(),
+            holders: Vec::new(),
             sealers: Vec::new(),
         }
     }
@@ -375,7 +379,11 @@ impl Run {
             note_not_freed(error, guardian);
         }
         let frozen = frozen.map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
-        let Frozen { hold, audit, end, doubt, .. } = frozen;
+        let Frozen { hold, audit, end, doubt, not_freed, holder, .. } = frozen;
+        self.holders.extend(holder);
+        if let Some(text) = not_freed {
+            guardian.not_as_found.get_or_insert(text);
+        }
         work.log.add("hold", &hold);
         if let Some((audit, span)) = &audit {
             work.log.add("audit", json!({ "audit": audit, "span": span }));
@@ -408,6 +416,10 @@ impl Run {
             self.disturbances.push(text.to_owned());
         }
         self.warnings.extend(tracked.doubts);
+        self.holders.extend(tracked.holder);
+        if let Some(text) = tracked.not_freed {
+            guardian.not_as_found.get_or_insert(text);
+        }
         self.tracking = tracked.tracking;
         if let Some(hold) = tracked.hold {
             work.log.add("hold", &hold);
@@ -744,7 +756,7 @@ impl Run {
             tracking: self.tracking,
             changes: self.changes,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
-            processes: processes(&self.parting, &self.sealers),
+            processes: processes(&self.parting, &self.holders, &self.sealers),
             workers: cpus(),
             store_bytes: guarded.store_bytes(),
             warnings: [looked.warnings.clone(), plan.warnings.clone(), self.warnings].concat(),
@@ -767,15 +779,22 @@ impl Run {
 
 /// A thread that the kernel did not let go is no longer as it was found.
 fn note_not_freed(error: &NotHeld, guardian: &mut Guardian) {
-    if let NotHeld::Ptrace(error @ HoldError::NotFreed { .. }) = error {
-        guardian.not_as_found.get_or_insert(error.to_string());
+    if let NotHeld::Ptrace(HolderError::NotHeld(why)) = error
+        && why.not_freed
+    {
+        guardian.not_as_found.get_or_insert(why.text.clone());
     }
 }
 
 /// The rights of every process that took part.
-fn processes(parting: &Parting, sealers: &[manifest::Process]) -> Vec<manifest::Process> {
+fn processes(
+    parting: &Parting,
+    holders: &[manifest::Process],
+    sealers: &[manifest::Process],
+) -> Vec<manifest::Process> {
     let capture = role::own_rights("capture");
-    parting.rights.iter().cloned().chain(capture).chain(sealers.iter().cloned()).collect()
+    let others = holders.iter().chain(sealers).cloned();
+    parting.rights.iter().cloned().chain(capture).chain(others).collect()
 }
 
 /// What happened between the first look and `until_us`, or the last look, that makes the image one of

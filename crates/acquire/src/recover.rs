@@ -117,7 +117,7 @@ fn taken(path: &Path, force: bool) -> Recovered {
 
 fn deadline(held: &Line) -> Option<u64> {
     match held {
-        Line::Ptrace { until_ns } | Line::Stop { until_ns } => Some(*until_ns),
+        Line::Ptrace { until_ns, .. } | Line::Stop { until_ns } => Some(*until_ns),
         Line::Begin { .. } | Line::Free => None,
     }
 }
@@ -136,7 +136,11 @@ fn end_holders(path: &Path, left: &Left) -> Option<String> {
     if runs(&first) || Undo::peek(path).held != left.held {
         return None;
     }
-    for process in [first, second].into_iter().flatten() {
+    let third = match left.held {
+        Some(Line::Ptrace { holder, .. }) => holder.and_then(crate::undo::Who::open),
+        _ => None,
+    };
+    for process in [third, first, second].into_iter().flatten() {
         // Gone meanwhile is as well.
         let _ = host::process::end_by_force(&process);
     }

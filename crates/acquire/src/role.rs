@@ -1,13 +1,15 @@
 //! The processes of an acquisition and how they are started.
 //!
-//! *capture* is the process that calls [`crate::acquire`]. It starts two others, which are this
-//! very executable once more: *guardian* before it asks QEMU anything, *seal* after the last read.
+//! *capture* is the process that calls [`crate::acquire`]. It starts others, which are this very
+//! executable once more: *guardian* before it asks QEMU anything, a *holder* for each hold by ptrace,
+//! *seal* after the last read.
 //! A program that uses this library therefore calls [`take_part`] first thing in `main`.
 //!
 //! A new program and not a fork: nothing that capture has in memory or open is there, and the
 //! rights are given up before a second thread exists.
 
 use crate::guardian;
+use crate::holder;
 use crate::seal::process as seal;
 use evidence::manifest;
 use host::Process;
@@ -29,6 +31,8 @@ const ENDING: Duration = Duration::from_secs(2);
 pub enum Role {
     /// Speaks with QEMU, keeps deadlines, undoes; never sees a byte of the guest.
     Guardian,
+    /// Stops QEMU's threads by ptrace and lets them go, and can do nothing else.
+    Holder,
     /// Hashes and encodes what the guest wrote, and can do nothing else.
     Seal,
 }
@@ -38,6 +42,7 @@ impl Role {
     pub fn word(self) -> &'static str {
         match self {
             Role::Guardian => "guardian",
+            Role::Holder => "holder",
             Role::Seal => "seal",
         }
     }
@@ -46,6 +51,7 @@ impl Role {
     fn argument(self) -> &'static str {
         match self {
             Role::Guardian => "@guardian",
+            Role::Holder => "@holder",
             Role::Seal => "@seal",
         }
     }
@@ -56,7 +62,8 @@ impl Role {
 pub fn take_part() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
     let (first, second) = (args.next()?, args.next());
-    let role = [Role::Guardian, Role::Seal].into_iter().find(|role| first == role.argument())?;
+    let mut roles = [Role::Guardian, Role::Holder, Role::Seal].into_iter();
+    let role = roles.find(|role| first == role.argument())?;
     if second.is_some() {
         return None;
     }
@@ -68,6 +75,7 @@ pub fn take_part() -> Option<ExitCode> {
     let _ = host::oom::die_first();
     Some(match role {
         Role::Guardian => guardian::run(channel),
+        Role::Holder => holder::run(channel),
         Role::Seal => seal::run(channel),
     })
 }

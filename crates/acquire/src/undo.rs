@@ -63,10 +63,13 @@ pub enum Line {
         /// The process that undoes.
         guardian: Who,
     },
-    /// QEMU's threads are about to be stopped by ptrace; the kernel lets them go when capture ends.
+    /// QEMU's threads are about to be stopped by ptrace; the kernel lets them go when the holder ends.
     Ptrace {
-        /// CLOCK_MONOTONIC in nanoseconds at which capture must have let go.
+        /// CLOCK_MONOTONIC in nanoseconds at which they must have been let go.
         until_ns: u64,
+        /// The process that holds them.
+        #[serde(default)]
+        holder: Option<Who>,
     },
     /// `stop` is about to be sent to a VM that runs.
     Stop {

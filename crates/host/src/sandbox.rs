@@ -1,8 +1,8 @@
 //! The rights that a process gives up for good, and what is then in force.
 //!
-//! Two processes do: [`seal`] is for the one that works on guest bytes and on file descriptors
+//! Three processes do: [`seal`] is for the one that works on guest bytes and on file descriptors
 //! that it was given, [`guardian`] for the one that speaks to QEMU and must never see a guest
-//! byte. Both are called by a process with one thread, just after it was started: credentials,
+//! byte, [`holder`] for the one that stops QEMU's threads and does nothing else. Each is called by a process with one thread, just after it was started: credentials,
 //! Landlock and seccomp belong to a thread, and threads started later inherit them.
 //!
 //! What the kernel does not have, and what takes rights that we do not have, is no error:
@@ -169,6 +169,23 @@ pub fn guardian() -> Result<InForce, SandboxError> {
     let landlock_abi = landlock(|set, bit| (set, bit) == (0, 0), &mut missing)?;
     let seccomp = install(&deny_list()?, Filter::DenyList, &mut missing)?;
     InForce::read(&status, GUARDIAN_KEEPS, landlock_abi, seccomp, missing)
+}
+
+/// Gives up everything but to stop the threads of other processes and to let them go.
+///
+/// Of the capabilities CAP_SYS_PTRACE stays if it is there. ptrace cannot read or write memory or
+/// registers any more, and nothing else of the system calls that look into other processes is left.
+/// There is no Landlock: in a domain nobody outside of it can be traced.
+///
+/// # Errors
+/// [`SandboxError`]: the process may be half confined and must end.
+pub fn holder() -> Result<InForce, SandboxError> {
+    let mut missing = vec!["Landlock: in a domain nobody outside of it can be traced".to_owned()];
+    let status = before()?;
+    bound_capabilities(CapabilitySet::SYS_PTRACE, &mut missing)?;
+    keep_capabilities(CapabilitySet::SYS_PTRACE)?;
+    let seccomp = install(&deny_list_of_holder()?, Filter::DenyList, &mut missing)?;
+    InForce::read(&status, CapabilitySet::SYS_PTRACE, None, seccomp, missing)
 }
 
 /// The steps that come first. Gives our `status`, open: it cannot be opened later.
@@ -498,6 +515,28 @@ const DENIED: &[c_long] = &[
 
 fn deny_list() -> Result<BpfProgram, SandboxError> {
     let rules = DENIED.iter().map(|call| (*call, Vec::new())).collect();
+    program(rules, SeccompAction::Allow, SeccompAction::Errno(EPERM), &[])
+}
+
+/// What ptrace is asked by a holder: to seize, to interrupt, to detach, why a thread stopped.
+const HOLDING: [libc::c_uint; 4] =
+    [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT, libc::PTRACE_DETACH, libc::PTRACE_GETSIGINFO];
+
+/// Calls that a holder has no use for beside those of [`DENIED`].
+const DENIED_TO_HOLDER: [c_long; 5] = [
+    libc::SYS_socket,
+    libc::SYS_connect,
+    libc::SYS_kill,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_rt_sigqueueinfo,
+];
+
+fn deny_list_of_holder() -> Result<BpfProgram, SandboxError> {
+    let denied = DENIED.iter().chain(&DENIED_TO_HOLDER).filter(|call| **call != libc::SYS_ptrace);
+    let mut rules: Rules = denied.map(|call| (*call, Vec::new())).collect();
+    // All requests but those: none of these conditions may hold.
+    let others = HOLDING.map(|request| (0, Dword, SeccompCmpOp::Ne, u64::from(request)));
+    rules.insert(libc::SYS_ptrace, vec![rule(&others)?]);
     program(rules, SeccompAction::Allow, SeccompAction::Errno(EPERM), &[])
 }
 

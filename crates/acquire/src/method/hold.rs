@@ -3,9 +3,11 @@
 
 use super::process::Work;
 use crate::guardian::{GRACE, Guardian, GuardianError};
+use crate::holder::{self, Holder, HolderError};
 use crate::log::Log;
+use crate::undo::Who;
+use evidence::manifest;
 use host::Process;
-use host::hold::{self, HoldError, Limits};
 use serde_json::json;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,7 +26,7 @@ pub enum NotHeld {
     Guardian(#[from] GuardianError),
     /// The kernel or the process would not.
     #[error("the guest could not be held")]
-    Ptrace(#[from] HoldError),
+    Ptrace(#[from] HolderError),
     /// Each time some thread did not stop in time, and all were let go again.
     #[error("the guest could not be held in {tries} tries")]
     Stragglers {
@@ -32,7 +34,7 @@ pub enum NotHeld {
         tries: u32,
         /// The last try.
         #[source]
-        last: HoldError,
+        last: HolderError,
     },
     /// The host's side of the map is no longer what it was.
     #[error("the process's mappings changed")]
@@ -56,8 +58,12 @@ pub struct Once<T> {
     pub ended_ns: u64,
     /// Tries that it took.
     pub tries: u32,
-    /// What became of the guardian meanwhile, if it was lost.
+    /// What became of the guardian or the holder meanwhile, if one was lost.
     pub doubt: Option<String>,
+    /// A thread that the kernel did not let go.
+    pub not_freed: Option<String>,
+    /// The rights of the process that held.
+    pub holder: manifest::Process,
 }
 
 /// What is said of a guardian that was lost in a hold.
@@ -86,13 +92,12 @@ pub fn by_ptrace<T: Send>(
             Ok(once) => return Ok(Once { tries, ..once }),
             // Its successor is asked.
             Err(NotHeld::Guardian(GuardianError::Lost(_))) if !last => {}
-            Err(NotHeld::Ptrace(error @ HoldError::NotStopped { stall, .. })) => {
-                let stall = stall.map(|stall| nanos(stall.released - stall.began));
-                let data = json!({ "try": tries, "why": error.to_string(), "stall_ns": stall });
+            Err(NotHeld::Ptrace(HolderError::NotHeld(why))) if why.stragglers => {
+                let data = json!({ "try": tries, "why": why.text, "stall_ns": why.stall_ns });
                 work.log.add("hold-given-up", data);
-                stalls_ns.extend(stall);
+                stalls_ns.extend(why.stall_ns);
                 if last {
-                    return Err(NotHeld::Stragglers { tries, last: error });
+                    return Err(NotHeld::Stragglers { tries, last: HolderError::NotHeld(why) });
                 }
                 thread::sleep(PAUSE);
             }
@@ -111,29 +116,46 @@ fn try_ptrace<T: Send>(
     inside: &mut (impl FnMut(u32, Instant) -> T + Send),
 ) -> Result<Once<T>, NotHeld> {
     let at_most = Duration::from_nanos(at_most_ns);
-    let limits = Limits {
-        stop_within: (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250)),
-        hold_at_most: at_most + GRACE,
-    };
+    let stop_within = (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250));
+    let mut holder = Holder::start(Who::of(process))?;
+    let rights = holder.rights.clone();
     let force = host::clock::monotonic_ns() + at_most_ns;
-    guardian.arm(force + 2 * nanos(GRACE))?;
-    let until = Instant::now() + at_most;
-    let held = hold::during(process, &limits, |hold| {
-        let threads = u32::try_from(hold.threads()).unwrap_or(u32::MAX);
-        (inside(threads, until), threads, hold.lasted())
-    });
+    guardian.arm(force + 2 * nanos(GRACE), holder.who)?;
+    let (until, asked_ns) = (Instant::now() + at_most, log.now_ns());
+    let threads = match holder.hold(stop_within, at_most, GRACE) {
+        Ok(threads) => threads,
+        Err(error) => {
+            guardian.disarm()?;
+            return Err(error.into());
+        }
+    };
+    let value = inside(threads, until);
+    let released = holder.release();
     // The guest goes on: whatever the guardian says now changes nothing of that.
-    let disarmed = guardian.disarm();
-    let ((value, threads, lasted), held) = held?;
-    let at = |instant: Instant| nanos(instant.saturating_duration_since(log.origin()));
+    let disarmed = guardian.disarm().err().map(doubt);
+    let lost = released.as_ref().err().map(|error| format!("while the guest was held {error}"));
+    let not_freed = match &released {
+        Err(HolderError::NotHeld(holder::NotHeld { not_freed: true, text, .. })) => {
+            Some(text.clone())
+        }
+        _ => None,
+    };
+    let (began_ns, ended_ns, lasted) = match released {
+        Ok(held) => (log.since_ns(held.began_ns), log.since_ns(held.ended_ns), held.lasted),
+        // It went on when its holder ended, nobody can say when.
+        Err(_) => (asked_ns, log.now_ns(), false),
+    };
+    let doubt = disarmed.or(lost);
     Ok(Once {
         value,
         threads,
-        lasted: lasted && held.lasted,
-        began_ns: at(held.began),
-        ended_ns: at(held.released),
+        lasted,
+        began_ns,
+        ended_ns,
         tries: 1,
-        doubt: disarmed.err().map(doubt),
+        doubt,
+        not_freed,
+        holder: rights,
     })
 }
 

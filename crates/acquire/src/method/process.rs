@@ -184,8 +184,12 @@ pub struct Frozen {
     pub audit: Option<(Audit, Span)>,
     /// How the pass ended.
     pub end: Result<(), Cut<PassError>>,
-    /// What became of the guardian meanwhile, if it was lost.
+    /// What became of guardian or holder meanwhile, if one was lost.
     pub doubt: Option<String>,
+    /// A thread that the kernel did not let go.
+    pub not_freed: Option<String>,
+    /// The rights of the process that held by ptrace.
+    pub holder: Option<evidence::manifest::Process>,
     /// QEMU was told to stop the guest: not by ptrace, and not when the VM was found paused.
     pub told_qemu: bool,
 }
@@ -253,7 +257,8 @@ impl Freezer<'_> {
         let span = (once.began_ns, once.ended_ns);
         let mut hold = self.hold(HoldKind::Ptrace, once.threads, once.lasted, span, &once.value);
         hold.tries = once.tries;
-        Ok(self.frozen(hold, once.value, once.doubt, false))
+        let frozen = self.frozen(hold, once.value, once.doubt, false);
+        Ok(Frozen { not_freed: once.not_freed, holder: Some(once.holder), ..frozen })
     }
 
     /// Holds by QEMU's `stop` and `cont`.
@@ -301,7 +306,8 @@ impl Freezer<'_> {
     /// Tells that the guest goes on, and gathers what is known of the hold.
     fn frozen(&self, hold: Hold, inside: Inside, doubt: Option<String>, told_qemu: bool) -> Frozen {
         self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
-        Frozen { hold, audit: inside.audit, end: inside.end, doubt, told_qemu }
+        let Inside { end, audit, .. } = inside;
+        Frozen { hold, audit, end, doubt, told_qemu, not_freed: None, holder: None }
     }
 
     /// The pass and the audit read: the guest is held.

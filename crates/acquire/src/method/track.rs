@@ -87,8 +87,12 @@ pub struct Tracked {
     pub audit: Option<(Audit, Span)>,
     /// For the record; absent when the marks were never cleared.
     pub tracking: Option<Tracking>,
-    /// What became of the guardian in a hold, if it was lost.
+    /// What became of guardian or holder in a hold, if one was lost.
     pub doubts: Vec<String>,
+    /// A thread that the kernel did not let go.
+    pub not_freed: Option<String>,
+    /// The rights of the process that held the guest last.
+    pub holder: Option<evidence::manifest::Process>,
     /// How it ended.
     pub end: Result<(), Cut<PassError>>,
 }
@@ -276,6 +280,8 @@ pub fn track(
             audit: None,
             tracking: None,
             doubts: Vec::new(),
+            not_freed: None,
+            holder: None,
             end: Ok(()),
         },
     };
@@ -475,6 +481,10 @@ impl Follower<'_> {
         let once = hold::by_ptrace(work, process, guardian, at_most_ns, stalls_ns, inside)
             .map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
         self.tracked.doubts.extend(once.doubt);
+        self.tracked.holder = Some(once.holder);
+        if once.not_freed.is_some() {
+            self.tracked.not_freed = once.not_freed;
+        }
         let stall = Span { t0_ns: once.began_ns, t1_ns: once.ended_ns };
         work.observer.event(Event::Released { held_ns: stall.t1_ns - stall.t0_ns });
         let Inside { held_ns, released_ns, scan, found, outcome } = once.value;
