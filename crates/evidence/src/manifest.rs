@@ -343,7 +343,7 @@ pub struct Round {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Process {
-    /// `guardian`, `capture` or `seal`.
+    /// `guardian`, `capture`, `holder` or `seal`.
     pub role: String,
     /// Its process id.
     pub pid: u32,

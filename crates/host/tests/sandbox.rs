@@ -6,8 +6,8 @@
 
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use host::Process;
 use host::sandbox::{self, Filter, InForce, ThreadRights, of_threads};
+use host::{Process, hold};
 use nix::libc::{self, c_long};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         Some("threads") => with_threads(),
         Some("work") => work(),
         Some("guardian-work") => guardian_work(),
+        Some("holder-work") => holder_work(),
         Some("abort") => {
             sandbox::seal(None).unwrap();
             std::process::abort()
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
 }
 
 fn run_tests() -> ExitCode {
-    let tests: [(&str, fn()); 8] = [
+    let tests: [(&str, fn()); 9] = [
         ("sealed_threads_are_refused_all_but_what_they_have", sealed_threads_are_refused),
         ("sealed_processes_can_do_their_work", sealed_processes_can_work),
         ("sealed_processes_end_as_others_do", sealed_processes_end),
@@ -52,6 +53,7 @@ fn run_tests() -> ExitCode {
         ("calls_of_another_architecture_kill", other_architecture_kills),
         ("guardians_cannot_look_into_others", guardians_cannot_look),
         ("guardians_can_do_their_work", guardians_can_work),
+        ("holders_can_hold_and_do_nothing_else", holders_can_hold),
     ];
     // `cargo test NAME` and libtest's flags; of those only what others rely on.
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -372,6 +374,49 @@ fn work() -> ExitCode {
     std::process::exit(7)
 }
 
+/// What a holder does: it stops another process, and looks whether it could do more.
+fn holder_work() -> ExitCode {
+    let pid: u32 = std::env::var("SANDBOX_PEER").unwrap().parse().unwrap();
+    let in_force = sandbox::holder().unwrap();
+    assert!(in_force.no_new_privs && in_force.seccomp == Filter::DenyList, "{in_force:?}");
+    let keeps = if root() { 1 << 19 } else { 0 };
+    assert_eq!((in_force.capabilities, in_force.missing.len()), (keeps, 1), "{in_force:?}");
+    let peer = Process::open(pid).unwrap();
+    let second = Duration::from_secs(1);
+    let limits = hold::Limits { stop_within: second, hold_at_most: second * 10 };
+    let (errnos, held) = hold::during(&peer, &limits, |hold| {
+        let pid = usize::try_from(pid).unwrap();
+        let ptrace = |request: libc::c_uint| {
+            errno_of(libc::SYS_ptrace, &[usize::try_from(request).unwrap(), pid, 0, 0])
+        };
+        // Of a thread that it has stopped.
+        let requests = [
+            libc::PTRACE_PEEKDATA,
+            libc::PTRACE_POKEDATA,
+            libc::PTRACE_GETREGS,
+            libc::PTRACE_SETREGSET,
+            libc::PTRACE_CONT,
+        ];
+        let mut errnos: Vec<i32> = requests.into_iter().map(ptrace).collect();
+        for call in [
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_execve,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_kill,
+        ] {
+            errnos.push(errno_of(call, &[pid]));
+        }
+        assert!(hold.lasted());
+        errnos
+    })
+    .unwrap();
+    assert_eq!(errnos, vec![EPERM; errnos.len()]);
+    assert!(held.lasted && held.threads > 0, "{held:?}");
+    ExitCode::SUCCESS
+}
+
 /// What the guardian does: sockets, files, signals, processes' state.
 fn guardian_work() -> ExitCode {
     use std::os::unix::net::UnixStream;
@@ -575,6 +620,16 @@ fn guardians_cannot_look() {
         assert_eq!(thread.uid, rustix::process::geteuid().as_raw());
     }
     actor.end();
+    peer.end();
+}
+
+fn holders_can_hold() {
+    let peer = Actor::start(&mut command("idle"));
+    let pid = peer.child.id().to_string();
+    let output = command("holder-work").env("SANDBOX_PEER", &pid).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let me = Process::open(peer.child.id()).unwrap();
+    assert_eq!(me.tracer().unwrap(), None);
     peer.end();
 }
 
