@@ -28,10 +28,12 @@ pub(crate) const TESTS: &[runner::Test] = here![
     sigkill_of_capture,
     sigkill_of_guardian,
     sigkill_of_both,
+    sigkill_of_holder,
     sigkill_of_seal,
     sigstop_of_capture,
     sigstop_of_guardian,
     sigstop_of_both,
+    sigstop_of_holder,
     sigstop_of_seal,
     the_guardian_as_it_stops_the_guest,
 ];
@@ -64,6 +66,8 @@ enum Victim {
     Capture,
     Guardian,
     Both,
+    /// Only where the guest is held by ptrace.
+    Holder,
     Seal,
 }
 
@@ -417,8 +421,8 @@ impl Subject<'_> {
                 run.until(|event| event["event"] == "held")?;
                 sleep(whole.held.mul_f64(at.part * 0.9));
             }
-            // The guardian goes when the map was taken again, right after the hold.
-            (Victim::Guardian | Victim::Both, false) => {
+            // The guardian goes when the map was taken again, right after the hold; so does the holder.
+            (Victim::Guardian | Victim::Both | Victim::Holder, false) => {
                 sleep((whole.took - whole.tail).mul_f64(at.part));
             }
             (Victim::Capture, false) => sleep(whole.took.mul_f64(at.part)),
@@ -439,6 +443,7 @@ impl Subject<'_> {
             Victim::Capture => one(capture),
             Victim::Guardian => one(self.process("@guardian")),
             Victim::Both => both().unwrap_or_default(),
+            Victim::Holder => one(self.process("@holder")),
             Victim::Seal => one(self.process("@seal")),
         }
     }
@@ -553,6 +558,8 @@ impl Subject<'_> {
             // Another one does its work. A machine that is busy just then can lose the guardian too,
             // and the record says so.
             (Victim::Seal, Some(0 | 3)) | (Victim::Guardian, Some(0 | 1 | 3 | 4)) => {}
+            // Without it there is no hold: none yet, or one that did not last.
+            (Victim::Holder, Some(0 | 1 | 3)) => {}
             (Victim::Capture | Victim::Both, None | Some(0)) => {}
             _ => return bad("an end that is none"),
         }
@@ -586,7 +593,8 @@ impl Subject<'_> {
 /// Blows of one kind at `count` moments for each kind of hold; prints what they showed.
 fn blows(subject: &mut Subject<'_>, signal: Signal, victim: Victim, count: u32) -> Result<()> {
     let (mut inside, mut all) = (0, 0);
-    for hold in Hold::BOTH {
+    let holds = if victim == Victim::Holder { &Hold::BOTH[..1] } else { &Hold::BOTH[..] };
+    for &hold in holds {
         let cell = Cell { signal, victim, hold };
         let whole = subject.whole(hold).doing(format_args!("undisturbed, {hold:?}"))?;
         let mut moments = Vec::new();
@@ -644,6 +652,10 @@ fn sigkill_of_both(lab: &Lab) -> Result<()> {
     moments(lab, Signal::KILL, Victim::Both)
 }
 
+fn sigkill_of_holder(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::KILL, Victim::Holder)
+}
+
 fn sigkill_of_seal(lab: &Lab) -> Result<()> {
     moments(lab, Signal::KILL, Victim::Seal)
 }
@@ -658,6 +670,10 @@ fn sigstop_of_guardian(lab: &Lab) -> Result<()> {
 
 fn sigstop_of_both(lab: &Lab) -> Result<()> {
     moments(lab, Signal::STOP, Victim::Both)
+}
+
+fn sigstop_of_holder(lab: &Lab) -> Result<()> {
+    moments(lab, Signal::STOP, Victim::Holder)
 }
 
 fn sigstop_of_seal(lab: &Lab) -> Result<()> {
