@@ -167,8 +167,9 @@ impl Finished {
         if self.status.code() == Some(code) {
             return Ok(self);
         }
-        let (line, status, stderr) = (&self.line, self.status, self.stderr.trim_end());
-        Err(failed(format_args!("`{line}` ended with {status}, not {code}: {stderr}")))
+        let (line, status) = (&self.line, self.status);
+        let (stdout, stderr) = (self.stdout.trim_end(), self.stderr.trim_end());
+        Err(failed(format_args!("`{line}` ended with {status}, not {code}: {stderr} {stdout}")))
     }
 }
 

@@ -37,6 +37,9 @@ const CONT: Duration = Duration::from_secs(5);
 /// What the guardian and the kernel leave a hold beyond its budget before they end it by force.
 pub const GRACE: Duration = Duration::from_millis(40);
 
+/// What a successor needs to start, to find QEMU, and to let the guest go on.
+const SUCCESSION: Duration = Duration::from_millis(100);
+
 /// What capture asks.
 #[derive(Debug, Serialize, Deserialize)]
 enum Ask {
@@ -639,7 +642,8 @@ impl Guardian {
     /// # Errors
     /// [`GuardianError`]; when the guardian was lost, its successor has let the guest go on.
     pub fn cont(&mut self, until_ns: u64) -> Result<Continued, GuardianError> {
-        match self.ask(&Ask::Cont, until(until_ns).max(GRACE))? {
+        // Asked early, it need not be waited for until the end: a successor needs time too.
+        match self.ask(&Ask::Cont, until(until_ns).saturating_sub(SUCCESSION).max(GRACE))? {
             Reply::Continued(continued) => {
                 if !continued.as_found {
                     self.not_as_found = Some(format!("the VM is {:?}", continued.run_state));

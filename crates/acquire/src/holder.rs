@@ -13,7 +13,7 @@ use crate::undo::Who;
 use evidence::manifest;
 use host::channel::{self, Channel, ChannelError};
 use host::clock::monotonic_ns;
-use host::hold::{self, Held, HoldError, Limits};
+use host::hold::{self, HoldError, Limits};
 use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -135,6 +135,7 @@ fn serve(channel: &mut Channel) -> Result<(), ChannelError> {
         let error = HoldError::Exited { pid: target.pid };
         return role::say(channel, &Reply::NotHeld(error.into()), PROMPT);
     };
+    let began_ns = monotonic_ns();
     let held = hold::during(&process, &limits, |hold| {
         let threads = u32::try_from(hold.threads()).unwrap_or(u32::MAX);
         let told = role::say(channel, &Reply::Held { threads }, left(until));
@@ -142,7 +143,12 @@ fn serve(channel: &mut Channel) -> Result<(), ChannelError> {
         matches!(asked, Ok(Ask::Release)) && hold.lasted()
     });
     let reply = match held {
-        Ok((lasted, held)) => Reply::Released(released(lasted, &held)),
+        // Looked at just before and just after: by one clock, and never too short.
+        Ok((lasted, held)) => Reply::Released(Released {
+            began_ns,
+            ended_ns: monotonic_ns(),
+            lasted: lasted && held.lasted,
+        }),
         Err(error) => Reply::NotHeld(error.into()),
     };
     role::say(channel, &reply, PROMPT)
@@ -150,17 +156,6 @@ fn serve(channel: &mut Channel) -> Result<(), ChannelError> {
 
 fn left(until: Instant) -> Duration {
     until.saturating_duration_since(Instant::now())
-}
-
-fn released(lasted: bool, held: &Held) -> Released {
-    let (now, now_ns) = (Instant::now(), monotonic_ns());
-    let at =
-        |instant: Instant| now_ns.saturating_sub(nanos(now.saturating_duration_since(instant)));
-    Released {
-        began_ns: at(held.began),
-        ended_ns: at(held.released),
-        lasted: lasted && held.lasted,
-    }
 }
 
 /// A holder, as capture has it: started, confined, and waiting for the moment.

@@ -47,7 +47,6 @@ use evidence::record::Span;
 use evidence::{GuestRange, PageState};
 use serde_json::json;
 use std::path::PathBuf;
-use std::time::Instant;
 
 pub use crate::look::{Surveyed, survey};
 
@@ -191,7 +190,7 @@ pub struct Done {
 /// [`Failure`] when nothing was done, or when the record of a run could not be written. A run that
 /// began and could not go on is no error: it has an [`Ending`] and a record that says so.
 pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Done, Failure> {
-    let log = Log::begin(Instant::now());
+    let log = Log::begin();
     let began = host::clock::now();
     let target = look::find(request, &log)?; // find
     let mut guardian = Guardian::start(&target, &log)?;

@@ -7,7 +7,6 @@ use serde_json::{Map, Value};
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 /// A writer that keeps bytes until it is given a file.
 enum Sink {
@@ -41,8 +40,7 @@ struct Inner {
 /// for a disk. Cheap to clone: the QMP client writes its own lines.
 #[derive(Clone)]
 pub struct Log {
-    origin: Instant,
-    /// The same by CLOCK_MONOTONIC, which other processes have too.
+    /// The beginning by CLOCK_MONOTONIC, which other processes have too.
     origin_ns: u64,
     inner: Arc<Mutex<Inner>>,
 }
@@ -63,22 +61,16 @@ impl std::fmt::Debug for Log {
 }
 
 impl Log {
-    /// Begins at `origin`, in memory.
-    pub fn begin(origin: Instant) -> Self {
+    /// Begins now, in memory.
+    pub fn begin() -> Self {
         let journal = Journal::new(Sink::Memory(Vec::new()));
-        let since = u64::try_from(origin.elapsed().as_nanos()).unwrap_or(0);
-        let origin_ns = host::clock::monotonic_ns().saturating_sub(since);
-        Self { origin, origin_ns, inner: Arc::new(Mutex::new(Inner { journal, failure: None })) }
-    }
-
-    /// The beginning of the acquisition.
-    pub fn origin(&self) -> Instant {
-        self.origin
+        let origin_ns = host::clock::monotonic_ns();
+        Self { origin_ns, inner: Arc::new(Mutex::new(Inner { journal, failure: None })) }
     }
 
     /// Nanoseconds since the beginning.
     pub fn now_ns(&self) -> u64 {
-        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        self.since_ns(host::clock::monotonic_ns())
     }
 
     /// Nanoseconds since the beginning at a time of CLOCK_MONOTONIC.

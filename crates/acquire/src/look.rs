@@ -14,7 +14,7 @@ use host::guest_memory::{Held, Usage};
 use host::{GuestMemory, RamStore};
 use serde_json::json;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A VM, looked at.
 pub struct Looked {
@@ -91,7 +91,7 @@ pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
     let target = find::one(&request.vm)?;
     let whom = target.whom();
     let asked = Monitor::open(&whom, &Notes::default())?.look(&whom)?;
-    let looked = look(request, target, asked, &Log::begin(Instant::now()))?;
+    let looked = look(request, target, asked, &Log::begin())?;
     let decision = plan::choose(&looked.facts, &request.wish);
     Ok(Surveyed { row: looked.target.row, facts: looked.facts, map: looked.located.map, decision })
 }

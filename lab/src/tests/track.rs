@@ -151,9 +151,7 @@ fn followed(lab: &Lab, guest: &mut Guest, images: u32, flags: &[&str]) -> Result
     let mut figures = Figures::default();
     for _ in 0..images {
         let exhibit = acquire(lab, guest, "track", &flags)?;
-        let verdict = lab.tool([Path::new("verify"), &exhibit.dir])?;
-        let said = verdict.stdout.clone();
-        verdict.expect_code(0).doing(said)?;
+        lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
         let rounds = rounds(guest, &exhibit)?;
         assert!(is_one_instant(&rounds), "track: {rounds:?}");
         assert_eq!(exhibit.manifest["class"], "quasi-instantaneous");

@@ -62,7 +62,7 @@ pub(crate) fn with_work<T>(
     store: &dyn Store,
     then: impl FnOnce(&Work<'_>) -> T,
 ) -> T {
-    let (log, stop, observer) = (&Log::begin(Instant::now()), &Stop::new(), &|_: Event| ());
+    let (log, stop, observer) = (&Log::begin(), &Stop::new(), &|_: Event| ());
     then(&Work { source, store, log, workers: 1, max_rate: None, stop, observer })
 }
 
