@@ -49,27 +49,49 @@ impl fmt::Display for Verdict {
     }
 }
 
+/// A word of a writer that numbers its stores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Word {
+    /// The number of the last store into it.
+    pub value: u64,
+    /// How many stores later the next one goes there: L in a ring, where all words take turns.
+    pub lap: u64,
+}
+
+impl Word {
+    /// The last store after which the word is what it is.
+    fn last(&self) -> u64 {
+        self.value.saturating_add(self.lap.saturating_sub(1))
+    }
+}
+
 /// Judges the values of all words of a ring, in any order. `None` without any.
 pub fn judge(values: &[u64]) -> Option<Verdict> {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable();
-    let (min, max) = (*sorted.first()?, *sorted.last()?);
-    let words = count(sorted.len());
-    let last = |value: u64| value.saturating_add(words - 1);
+    let lap = count(values.len());
+    judge_words(&values.iter().map(|&value| Word { value, lap }).collect::<Vec<_>>())
+}
+
+/// The same for words that do not all come round after the same number of stores.
+pub fn judge_words(words: &[Word]) -> Option<Verdict> {
+    let (mut values, mut lasts): (Vec<u64>, Vec<u64>) =
+        words.iter().map(|word| (word.value, word.last())).unzip();
+    values.sort_unstable();
+    lasts.sort_unstable();
+    let (min, max, soonest) = (*values.first()?, *values.last()?, *lasts.first()?);
     // Words that no longer were what they are when `n` was stored, and those that were already.
-    let gone = |n: u64| count(sorted.partition_point(|&value| last(value) < n));
-    let there = |n: u64| count(sorted.partition_point(|&value| value <= n));
+    let gone = |n: u64| count(lasts.partition_point(|&last| last < n));
+    let there = |n: u64| count(values.partition_point(|&value| value <= n));
     // The number of words that agree rises only where an interval begins.
     let agree = |n: u64| there(n) - gone(n);
-    let cut = sorted.iter().copied().rev().max_by_key(|&n| agree(n))?;
+    let cut = values.iter().copied().rev().max_by_key(|&n| agree(n))?;
     Some(Verdict {
-        words,
+        words: count(words.len()),
         min,
         max,
         cut,
-        off_cut: words - agree(cut),
-        violations: sorted.iter().map(|&value| gone(value)).sum(),
-        smear_writes: max.saturating_sub(last(min)),
+        off_cut: count(words.len()) - agree(cut),
+        violations: values.iter().map(|&value| gone(value)).sum(),
+        smear_writes: max.saturating_sub(soonest),
     })
 }
 
@@ -178,10 +200,15 @@ pub struct Runs {
 impl Runs {
     /// Counts an image.
     pub fn count(&mut self, verdict: &Verdict) {
-        self.torn += u32::from(verdict.is_torn());
+        self.count_all(verdict.is_torn(), std::slice::from_ref(verdict));
+    }
+
+    /// Counts an image of several writers.
+    pub fn count_all(&mut self, torn: bool, verdicts: &[Verdict]) {
+        self.torn += u32::from(torn);
         self.of += 1;
-        self.words += verdict.words;
-        self.off_cut += verdict.off_cut;
+        self.words += verdicts.iter().map(|verdict| verdict.words).sum::<u64>();
+        self.off_cut += verdicts.iter().map(|verdict| verdict.off_cut).sum::<u64>();
     }
 }
 
