@@ -239,3 +239,67 @@ impl Free {
         self.0.get_mut(..=at)?.iter_mut().rev().find_map(Option::take)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_checksum_is_castagnolis() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa); // RFC 3720, B.4
+    }
+
+    /// Frames in no order, some below the line.
+    fn frames(below: u64, above: u64) -> Vec<u64> {
+        let all = (0..below).map(|n| 0x1000 + n).chain((0..above).map(|n| FOUR_GIB + n));
+        let mut all: Vec<u64> = all.collect();
+        let mut state = 5;
+        for at in (1..all.len()).rev() {
+            all.swap(at, usize::try_from(pattern::next(&mut state)).expect("64 bits") % (at + 1));
+        }
+        all
+    }
+
+    #[test]
+    fn every_page_is_taken_once() {
+        for (below, above, threads) in [(300, 500, 2), (0, 800, 2), (800, 0, 1), (40, 2000, 4)] {
+            let frames = frames(below, above);
+            let layout = share_out(&frames, threads, 32, 3).expect("enough pages");
+            let mut taken = layout.canaries.clone();
+            for share in &layout.threads {
+                taken.extend(share.pair.iter().chain(&share.spread).chain(&share.clocks));
+                taken.extend(share.ledger.iter().chain([&share.heartbeat]));
+                let lens = [&share.pair, &share.spread, &share.clocks, &share.ledger];
+                assert_eq!(lens.map(Vec::len), [2, 32, 2, 3]);
+            }
+            taken.sort_unstable();
+            assert!(taken.into_iter().eq(0..frames.len()), "{below} and {above}");
+        }
+    }
+
+    #[test]
+    fn every_ring_lies_on_both_sides_and_inside_the_one_before() {
+        let frames = frames(300, 500);
+        let layout = share_out(&frames, 2, 32, 3).expect("enough pages");
+        let of = |pages: &[usize]| {
+            let all: Vec<u64> = pages.iter().map(|&page| frames[page]).collect();
+            (all.iter().min().copied(), all.iter().max().copied())
+        };
+        for share in &layout.threads {
+            for pages in [&share.pair, &share.spread, &share.clocks] {
+                assert!(of(pages).0 < Some(FOUR_GIB) && of(pages).1 >= Some(FOUR_GIB));
+            }
+            let below = share.spread.iter().filter(|&&page| frames[page] < FOUR_GIB).count();
+            assert!((8..24).contains(&below), "{below} of 32 are below");
+        }
+        let [first, second] = &layout.threads[..] else { panic!("two threads") };
+        assert_eq!(of(&first.pair), (Some(0x1000), Some(FOUR_GIB + 499)));
+        // A thread's clocks lie an eighth of each side beyond the rings of the next.
+        assert!(of(&first.clocks).0 < Some(0x1000 + 5) && of(&second.spread).0 > Some(0x1000 + 30));
+        assert!(
+            of(&first.clocks).1 > of(&second.spread).1 && of(&second.pair).0 > of(&first.clocks).0
+        );
+        assert_eq!(share_out(&frames[..100], 2, 32, 3), None, "too few pages");
+    }
+}

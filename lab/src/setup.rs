@@ -182,7 +182,9 @@ impl Setup {
     /// What the images are made of: they are made again when any of it changes.
     fn inputs(&self) -> Result<String> {
         let mut inputs = String::new();
-        for part in ["kernel.stamp", "qemu-10.0.stamp", "plant.stamp", "tearbench.stamp", "kernel/version"] {
+        for part in
+            ["kernel.stamp", "qemu-10.0.stamp", "plant.stamp", "tearbench.stamp", "kernel/version"]
+        {
             inputs.push_str(&fs::read_to_string(self.kit.root().join(part))?);
         }
         inputs.push_str(&self.kit.qemu_version(Version::V7_2)?);

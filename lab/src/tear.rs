@@ -363,6 +363,37 @@ mod tests {
         assert_eq!(figures(&[6, u64::MAX]), Some((true, 6, 1, 1, u64::MAX - 7)));
     }
 
+    /// A writer whose even stores go to one word, and whose odd ones to two others in turn: each of
+    /// its images is judged as by trying all instants.
+    #[test]
+    fn words_that_come_round_at_different_times_are_judged_as_by_trying() {
+        let laps = [2, 4, 4];
+        let holds = |word: usize, n: u64| {
+            let here = |k: &u64| if word == 0 { k % 2 == 0 } else { k % 4 == [0, 1, 3][word] };
+            (0..=n).rev().find(here).expect("stored in the first lap")
+        };
+        let mut torn = 0;
+        for times in (0..12u64.pow(3)).map(|n| [n % 12, n / 12 % 12, n / 144].map(|n| n + 8)) {
+            let values: Vec<u64> = (0..3).map(|word| holds(word, times[word])).collect();
+            let words: Vec<Word> =
+                values.iter().zip(laps).map(|(&value, lap)| Word { value, lap }).collect();
+            let verdict = judge_words(&words).expect("there are words");
+            let is_at = |word: usize, n: u64| holds(word, n) == values[word];
+            let agree = |n: u64| count((0..3).filter(|&word| is_at(word, n)).count());
+            let most = (4..40).map(agree).max().expect("an instant");
+            assert_eq!((verdict.words, verdict.off_cut), (3, 3 - most), "{times:?}");
+            assert_eq!(agree(verdict.cut), most, "{times:?}");
+            assert_eq!(verdict.is_torn(), most < 3, "{times:?}");
+            let gone = |word: usize| (4..60).rev().find(|&n| is_at(word, n)).expect("an n") + 1;
+            let first = (0..3).map(gone).min().expect("a word");
+            assert_eq!(verdict.smear_writes, (verdict.max + 1).saturating_sub(first), "{times:?}");
+            let pairs = (0..9).filter(|pair| values[pair / 3] >= gone(pair % 3)).count();
+            assert_eq!(verdict.violations, count(pairs), "{times:?}");
+            torn += u32::from(verdict.is_torn());
+        }
+        assert!((100..1600).contains(&torn), "{torn}");
+    }
+
     fn ring() -> Ring {
         Ring { run: 7, pages: 2, ..Ring::pair(64) }
     }

@@ -131,7 +131,7 @@ impl Scan {
 
     /// What was wrong with the image, all of it having been looked at.
     pub fn flaws(&self, run: &RunId) -> Flaws {
-        let mut flaws = self.runs.get(run).map(Run::flaws).unwrap_or_default();
+        let mut flaws = self.runs.get(run).map_or_else(|| Run::default().flaws(), Run::flaws);
         flaws.broken.extend(&self.broken);
         flaws
     }
@@ -140,12 +140,12 @@ impl Scan {
     pub fn report(&self, run: &RunId) -> Result<Report> {
         let flaws = self.flaws(run);
         if flaws != Flaws::default() {
-            return Err(failed(format_args!("the image has not the pages as they were: {flaws:x?}")));
+            return Err(failed(format_args!(
+                "the image has not the pages as they were: {flaws:x?}"
+            )));
         }
-        match self.runs.get(run) {
-            Some(run) => run.report(),
-            None => Err(failed(format_args!("no page of run {run:x?}"))),
-        }
+        let run = self.runs.get(run).ok_or_else(|| failed("no page of this run"))?;
+        run.report()
     }
 }
 
@@ -221,7 +221,8 @@ impl Run {
             }
         }
         for ((group, index), words) in &self.rings {
-            let wrong = |&(word, value): &(usize, u64)| !self.stored_there(*group, *index, word, value);
+            let wrong =
+                |&(word, value): &(usize, u64)| !self.stored_there(*group, *index, word, value);
             let wrong = words.iter().copied().enumerate().filter(wrong);
             flaws.foreign.extend(wrong.map(|(word, _)| ((RING, *group, *index), word)));
         }
@@ -359,16 +360,17 @@ impl Report {
     /// How far the threads' cuts lie apart by the ledger. No verdict: a thread that was not running
     /// is where it was.
     pub fn skew_ns(&self) -> i64 {
-        let at = (0..).zip(&self.threads).filter_map(|(thread, verdict)| {
-            self.ledger.realtime_ns(thread, verdict.cut)
-        });
+        let at = (0..)
+            .zip(&self.threads)
+            .filter_map(|(thread, verdict)| self.ledger.realtime_ns(thread, verdict.cut));
         let times: Vec<i64> = at.collect();
         times.iter().max().unwrap_or(&0) - times.iter().min().unwrap_or(&0)
     }
 
     /// When memory looked like this image, by the guest's CLOCK_REALTIME: after every entry that is
     /// in it, and before the entries that `later` has beyond, which is the ledger of a later image.
-    /// The first entry beyond does not count: its clock may have been read before.
+    /// The first entry beyond does not count: its clock may have been read before. A failure when the
+    /// threads are of two instants, which their own words do not show.
     pub fn instant(&self, later: &Ledger) -> Result<Instant> {
         if self.is_torn() {
             return Err(failed("a torn image shows no instant"));
@@ -380,6 +382,10 @@ impl Report {
             let beyond = later.entries(thread).range(verdict.cut + 1..).nth(1);
             from_ns = from_ns.max(own.ok_or_else(|| none("before"))?.1.realtime_ns);
             to_ns = to_ns.min(beyond.ok_or_else(|| none("behind"))?.1.realtime_ns);
+        }
+        // One thread wrote what another had not written when it was later already.
+        if from_ns > to_ns {
+            return Err(failed(format_args!("of two instants, {} ns apart", from_ns - to_ns)));
         }
         Ok(Instant { from_ns, to_ns })
     }
@@ -538,4 +544,539 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tearpage::{FOUR_GIB, Layout};
+
+    const RUN: RunId = *b"run of the tests";
+    const SPREAD: usize = 4;
+    /// Stores from the first word of a spread ring to itself again.
+    const LAP: u64 = ROUND * 4;
+    /// Stores between two entries of the ledger, and what a store takes in nanoseconds.
+    const EVERY: u64 = 50;
+    const STORE_NS: u64 = 1000;
+    /// When store 0 was made.
+    const BEGAN_NS: u64 = 1_000_000_000;
+
+    /// A guest with two threads that does in memory what the program does.
+    struct Guest {
+        frames: Vec<u64>,
+        layout: Layout,
+    }
+
+    /// An image: pages by address.
+    type Pages = BTreeMap<u64, Vec<u8>>;
+
+    fn put(page: &mut [u8], at: usize, value: u64) {
+        page[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
+    /// The number in a word after store `n`, by looking for it: `place` in the round, and of the
+    /// rounds each one, or each fourth.
+    fn stored(place: u64, page: Option<u64>, n: u64) -> u64 {
+        let here = |k: &u64| k % ROUND == place && page.is_none_or(|page| k / ROUND % 4 == page);
+        (0..=n).rev().find(here).expect("stored in the first lap")
+    }
+
+    fn time_ns(n: u64) -> u64 {
+        BEGAN_NS + n * STORE_NS
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let frames: Vec<u64> = (0x100..0x120).chain(FOUR_GIB..FOUR_GIB + 0x20).collect();
+            let layout = tearpage::share_out(&frames, 2, SPREAD, 2).expect("enough pages");
+            Self { frames, layout }
+        }
+
+        fn gpa(&self, page: usize) -> u64 {
+            self.frames[page] * 4096
+        }
+
+        /// All pages after store `n[t]` of each thread t; each had seen the other's store 20 before.
+        fn at(&self, n: [u64; 2]) -> Pages {
+            let page = |kind, thread: u16, group, groups, list: &[usize], index: usize| {
+                let header = tearpage::Header {
+                    kind,
+                    flags: 0,
+                    thread,
+                    run: RUN,
+                    group,
+                    index: count(index),
+                    pages: count(list.len()),
+                    groups,
+                    va: 0x7000_0000,
+                    pfn: self.frames[list[index]],
+                    pid: 77,
+                };
+                let mut bytes = vec![0; PAGE];
+                bytes[..tearpage::CRC_AT + 4].copy_from_slice(&header.encode());
+                bytes
+            };
+            let mut filled = Vec::new();
+            for (t, share) in [0u16, 1].into_iter().zip(&self.layout.threads) {
+                let (own, n) = (u32::from(t), n[usize::from(t)]);
+                for index in 0..2 {
+                    let mut bytes = page(RING, t, 2 * own, 4, &share.pair, index);
+                    for (word, offset) in (0..).zip(tearpage::WORDS) {
+                        let place = 3 * u64::try_from(index).expect("0 or 1") + word;
+                        put(&mut bytes, offset, stored(place, None, n));
+                    }
+                    filled.push((share.pair[index], bytes));
+                }
+                for index in 0..SPREAD {
+                    let mut bytes = page(RING, t, 2 * own + 1, 4, &share.spread, index);
+                    let number = u64::try_from(index).expect("small");
+                    for (word, offset) in (0..).zip(tearpage::WORDS) {
+                        put(&mut bytes, offset, stored(6 + word, Some(number), n));
+                    }
+                    filled.push((share.spread[index], bytes));
+                }
+                filled.extend(self.rest(t, n, &page));
+            }
+            for (index, &place) in self.layout.canaries.iter().enumerate() {
+                let mut bytes = page(CANARY, 0, 0, 1, &self.layout.canaries, index);
+                let body = &mut bytes[tearpage::BODY_AT..];
+                tearpage::canary_body(&RUN, self.frames[place], body);
+                filled.push((place, bytes));
+            }
+            let addressed = filled.into_iter().map(|(place, bytes)| (self.gpa(place), bytes));
+            let mut pages: Pages = addressed.collect();
+            // What each had seen of the other, which takes both.
+            for (t, share) in self.layout.threads.iter().enumerate() {
+                for &place in &share.clocks {
+                    let bytes = pages.get_mut(&self.gpa(place)).expect("a clock");
+                    put(bytes, tearpage::CLOCK_AT + 8 * t, n[t]);
+                    put(bytes, tearpage::CLOCK_AT + 8 * (1 - t), n[1 - t] - 20);
+                }
+            }
+            pages
+        }
+
+        /// Clocks, ledger and heartbeat of a thread.
+        fn rest(
+            &self,
+            t: u16,
+            n: u64,
+            page: &impl Fn(u16, u16, u32, u32, &[usize], usize) -> Vec<u8>,
+        ) -> Vec<(usize, Vec<u8>)> {
+            let (share, own) = (&self.layout.threads[usize::from(t)], u32::from(t));
+            let mut filled = Vec::new();
+            for (index, &place) in share.clocks.iter().enumerate() {
+                filled.push((place, page(CLOCK, t, own, 2, &share.clocks, index)));
+            }
+            let mut numbers = (0..=n).step_by(usize::try_from(EVERY).expect("small"));
+            for (index, &place) in share.ledger.iter().enumerate() {
+                let mut bytes = page(LEDGER, t, own, 2, &share.ledger, index);
+                let room = bytes[tearpage::BODY_AT..].chunks_exact_mut(tearpage::ENTRY);
+                for (entry, number) in room.zip(&mut numbers) {
+                    let time = time_ns(number);
+                    let made = tearpage::ledger_entry(number, number * 3, time - 7, time);
+                    entry.copy_from_slice(&made);
+                }
+                filled.push((place, bytes));
+            }
+            let mut bytes = page(HEARTBEAT, t, own, 2, &[share.heartbeat], 0);
+            let last = n - n % 10;
+            let beat = [n / 10, last * 3, time_ns(last) - 7, time_ns(last), last, n / 10];
+            let gaps = [2, 300 + u64::from(t), 100];
+            let beat = (tearpage::BEAT_AT..).step_by(8).zip(beat);
+            for (at, value) in beat.chain((tearpage::GAPS_AT..).step_by(8).zip(gaps)) {
+                put(&mut bytes, at, value);
+            }
+            filled.push((share.heartbeat, bytes));
+            filled
+        }
+
+        /// A page of a thread's, for a test that changes it.
+        fn page<'a>(&self, pages: &'a mut Pages, place: usize) -> &'a mut Vec<u8> {
+            pages.get_mut(&self.gpa(place)).expect("there")
+        }
+    }
+
+    fn scan(pages: &Pages) -> Scan {
+        let mut scan = Scan::new();
+        pages.iter().for_each(|(gpa, bytes)| scan.piece(*gpa, bytes));
+        scan
+    }
+
+    fn report(pages: &Pages) -> Report {
+        scan(pages).report(&RUN).expect("no flaw")
+    }
+
+    const N: [u64; 2] = [400, 613];
+    const LATER: [u64; 2] = [400 + 3 * LAP, 613 + 3 * LAP];
+
+    #[test]
+    fn every_instant_is_whole() {
+        let guest = Guest::new();
+        for n in 2 * LAP..5 * LAP {
+            let report = report(&guest.at([n, n + 31]));
+            assert!(!report.is_torn(), "{n}: {report:?}");
+            let cuts: Vec<u64> = report.threads.iter().map(|verdict| verdict.cut).collect();
+            assert_eq!(cuts, [n, n + 31]);
+            assert!(report.threads.iter().all(|v| v.off_cut == 0 && v.violations == 0));
+            let rings = report.rings.iter().flat_map(|rings| [rings.pair, rings.spread]);
+            assert_eq!(rings.map(|ring| ring.words).collect::<Vec<_>>(), [6, 12, 6, 12]);
+            assert_eq!((report.clocks, report.clock_violations), (4, 0));
+            assert_eq!((report.canaries_lost, report.half_written, report.smear_ns()), (0, 0, 0));
+        }
+    }
+
+    #[test]
+    fn the_least_splice_is_torn() {
+        let guest = Guest::new();
+        let (whole, later) = (guest.at(N), guest.at(LATER));
+        for (t, share) in guest.layout.threads.iter().enumerate() {
+            for &place in share.pair.iter().chain(&share.spread) {
+                let mut spliced = whole.clone();
+                // Half a page: one word of three.
+                let from = &later[&guest.gpa(place)][..2048];
+                guest.page(&mut spliced, place)[..2048].copy_from_slice(from);
+                let half = report(&spliced);
+                assert!(half.is_torn() && half.threads[t].is_torn(), "half of {place}: {half:?}");
+                spliced.insert(guest.gpa(place), later[&guest.gpa(place)].clone());
+                let one = report(&spliced);
+                assert!(one.threads[t].is_torn(), "page {place}");
+                assert!(!one.threads[1 - t].is_torn(), "the other thread");
+                let rings = [one.rings[t].pair, one.rings[t].spread].map(|ring| ring.is_torn());
+                let in_pair = share.pair.contains(&place);
+                assert_eq!(rings, [in_pair, !in_pair], "page {place}");
+            }
+        }
+    }
+
+    /// Pages of a copy that goes up through memory while the guest goes on.
+    #[test]
+    fn a_copy_that_takes_time_is_torn() {
+        let guest = Guest::new();
+        for share in [10, 2] {
+            let (mut pages, later) = (guest.at(N), guest.at(LATER));
+            let part = pages.len() / share;
+            pages.extend(later.into_iter().take(part));
+            let report = report(&pages);
+            assert!(report.is_torn(), "1 of {share}: {report:?}");
+            assert!(report.smear_ns() > 0 && report.skew_ns() > 0);
+        }
+    }
+
+    /// Each of the two rings is of an instant, but not both of the same.
+    #[test]
+    fn the_rings_of_a_thread_are_one_writer() {
+        let guest = Guest::new();
+        let (whole, later) = (guest.at(N), guest.at(LATER));
+        let mut spliced = whole.clone();
+        for &place in &guest.layout.threads[1].pair {
+            spliced.insert(guest.gpa(place), later[&guest.gpa(place)].clone());
+        }
+        let report = report(&spliced);
+        let own = report.rings[1];
+        assert!(!own.pair.is_torn() && !own.spread.is_torn() && report.threads[1].is_torn());
+        assert!(report.is_torn() && !report.threads[0].is_torn());
+    }
+
+    #[test]
+    fn the_smear_is_what_lies_between() {
+        let guest = Guest::new();
+        let (mut pages, later) = (guest.at(N), guest.at(LATER));
+        let place = guest.layout.threads[0].pair[1];
+        pages.insert(guest.gpa(place), later[&guest.gpa(place)].clone());
+        // The heartbeat stayed behind; the ledger of both is at hand.
+        for &place in &guest.layout.threads[0].ledger {
+            pages.insert(guest.gpa(place), later[&guest.gpa(place)].clone());
+        }
+        let report = report(&pages);
+        let verdict = report.threads[0];
+        // Word 0 of the pair holds the most recent multiple of 9, and is gone 9 stores later.
+        let gone = N[0] / ROUND * ROUND + ROUND.min(N[0] % ROUND + 1) - 1;
+        assert!(verdict.smear_writes > 2 * LAP, "{verdict:?} {gone}");
+        let last = verdict.max - verdict.smear_writes;
+        assert!(last >= N[0] && last < N[0] + ROUND, "{verdict:?}");
+        let ns = i64::try_from((verdict.smear_writes - 1) * STORE_NS).expect("small");
+        assert_eq!(report.smear_ns(), ns);
+    }
+
+    #[test]
+    fn a_clock_may_know_all_there_is_and_no_more() {
+        let guest = Guest::new();
+        for (t, share) in guest.layout.threads.iter().enumerate() {
+            for u in 0..2 {
+                for (more, violations) in [(0, 0), (1, 1), (1000, 1)] {
+                    let mut pages = guest.at(N);
+                    let bytes = guest.page(&mut pages, share.clocks[1]);
+                    put(bytes, tearpage::CLOCK_AT + 8 * u, N[u] + more);
+                    let report = report(&pages);
+                    assert_eq!(report.clock_violations, violations, "{t} of {u} and {more}");
+                    assert_eq!(report.is_torn(), violations > 0);
+                    assert!(!report.threads.iter().any(Verdict::is_torn));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_entry_of_each_thread_may_be_half_written() {
+        let guest = Guest::new();
+        let mut pages = guest.at(N);
+        let places = [(0, 0), (1, 0), (0, 1)];
+        for (broken, (t, entry)) in (1..).zip(places) {
+            let bytes = guest.page(&mut pages, guest.layout.threads[t].ledger[0]);
+            bytes[tearpage::BODY_AT + entry * tearpage::ENTRY + 9] ^= 1;
+            let report = report(&pages);
+            assert_eq!((report.half_written, report.is_torn()), (broken, broken > 2));
+        }
+    }
+
+    #[test]
+    fn an_image_without_its_pages_as_they_were_is_not_judged() {
+        let guest = Guest::new();
+        let (whole, share) = (guest.at(N), &guest.layout.threads[1]);
+        let flaws = |pages: &Pages| {
+            let scan = scan(pages);
+            assert!(scan.report(&RUN).is_err(), "{:?}", scan.flaws(&RUN));
+            scan.flaws(&RUN)
+        };
+        let none = Flaws::default;
+        let kinds = [
+            ((RING, 2, 1), share.pair[1]),
+            ((RING, 3, 2), share.spread[2]),
+            ((CLOCK, 1, 0), share.clocks[0]),
+            ((LEDGER, 1, 1), share.ledger[1]),
+            ((HEARTBEAT, 1, 0), share.heartbeat),
+        ];
+        for (id, place) in kinds {
+            let gpa = guest.gpa(place);
+            let mut without = whole.clone();
+            without.remove(&gpa);
+            assert_eq!(flaws(&without), Flaws { missing: vec![id], ..none() });
+            let changed = |at: usize, bits: u8| {
+                let mut pages = whole.clone();
+                pages.get_mut(&gpa).expect("there")[at] ^= bits;
+                flaws(&pages)
+            };
+            assert_eq!(changed(3, 1), Flaws { missing: vec![id], ..none() }, "no magic");
+            let broken = Flaws { missing: vec![id], broken: vec![gpa], ..none() };
+            for at in [0x10, 0x12, 0x28, 0x40, 0x4c] {
+                assert_eq!(changed(at, 0x10), broken, "byte {at:#x} of {id:?}");
+            }
+        }
+        let mut scan = scan(&whole);
+        scan.piece(guest.gpa(share.pair[0]), &whole[&guest.gpa(share.pair[0])]);
+        let twice = Flaws { duplicate: vec![(RING, 2, 0)], ..none() };
+        assert_eq!(scan.flaws(&RUN), twice);
+        let mut moved = whole.clone();
+        let page = moved.remove(&guest.gpa(share.clocks[0])).expect("there");
+        moved.insert(0x5000, page);
+        let misplaced = Flaws { misplaced: vec![0x5000], missing: vec![(CLOCK, 1, 0)], ..none() };
+        assert_eq!(flaws(&moved), misplaced);
+        assert_eq!(flaws(&Pages::new()).missing.len(), 4, "nothing of any kind");
+    }
+
+    /// A header that is right in itself and says what cannot be.
+    #[test]
+    fn a_header_that_cannot_be_is_no_page() {
+        let guest = Guest::new();
+        let gpa = guest.gpa(guest.layout.threads[0].clocks[0]);
+        let changes = [(0x12, 9), (0x16, 1), (0x28, 7), (0x2c, 2), (0x30, 3), (0x34, 3), (0x10, 2)];
+        for (at, value) in changes {
+            let mut pages = guest.at(N);
+            let page = pages.get_mut(&gpa).expect("there");
+            page[at] = value;
+            let crc = tearpage::crc32c(&page[..tearpage::CRC_AT]);
+            page[tearpage::CRC_AT..tearpage::CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+            let flaws = scan(&pages).flaws(&RUN);
+            assert!(!flaws.broken.is_empty(), "{at:#x}: {flaws:?}");
+            assert!(scan(&pages).report(&RUN).is_err());
+        }
+    }
+
+    #[test]
+    fn numbers_that_were_never_stored_there_are_foreign() {
+        let guest = Guest::new();
+        let share = &guest.layout.threads[0];
+        let cases = [
+            (share.pair[1], (RING, 0, 1), 1, [ROUND * 40 + 5, ROUND * 40 + 1, 4, ROUND * 3 + 4]),
+            (share.spread[2], (RING, 1, 2), 0, [ROUND * 41 + 6, ROUND * 42 + 7, 6, ROUND * 2 + 6]),
+        ];
+        for (place, id, word, values) in cases {
+            for value in values {
+                let mut pages = guest.at(N);
+                put(guest.page(&mut pages, place), tearpage::WORDS[word], value);
+                let flaws = scan(&pages).flaws(&RUN);
+                assert_eq!(flaws.foreign, [(id, word)], "{value}");
+            }
+        }
+        // The same words with numbers that are stored there.
+        let mut pages = guest.at(N);
+        put(guest.page(&mut pages, share.pair[1]), tearpage::WORDS[1], ROUND * 40 + 4);
+        put(guest.page(&mut pages, share.spread[2]), tearpage::WORDS[0], ROUND * 42 + 6);
+        assert_eq!(scan(&pages).flaws(&RUN), Flaws::default());
+    }
+
+    #[test]
+    fn canaries_that_are_changed_or_gone_are_lost() {
+        let guest = Guest::new();
+        let canaries = &guest.layout.canaries;
+        let mut pages = guest.at(N);
+        assert_eq!(report(&pages).canaries, count(canaries.len()));
+        guest.page(&mut pages, canaries[0])[4095] ^= 1;
+        assert_eq!(report(&pages).canaries_lost, 1);
+        pages.remove(&guest.gpa(canaries[1]));
+        guest.page(&mut pages, canaries[2]).fill(0);
+        let lost = report(&pages);
+        assert_eq!(lost.canaries_lost, 3);
+        assert!((lost.canary_loss() - 3.0 / f64::from(lost.canaries)).abs() < 1e-9);
+        assert!(!lost.is_torn());
+        // Another canary's body is not this one's.
+        let mut swapped = guest.at(N);
+        let body = guest.page(&mut swapped, canaries[3])[tearpage::BODY_AT..].to_vec();
+        guest.page(&mut swapped, canaries[4])[tearpage::BODY_AT..].copy_from_slice(&body);
+        assert_eq!(report(&swapped).canaries_lost, 1);
+    }
+
+    #[test]
+    fn runs_are_kept_apart() {
+        let guest = Guest::new();
+        let mut scan = scan(&guest.at(N));
+        let mut other = guest.at(LATER).remove(&guest.gpa(0)).expect("there");
+        other[0x18] ^= 0xff;
+        let crc = tearpage::crc32c(&other[..tearpage::CRC_AT]);
+        other[tearpage::CRC_AT..tearpage::CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+        scan.piece(guest.gpa(0), &other);
+        assert_eq!(scan.runs().len(), 2);
+        assert!(!scan.report(&RUN).expect("whole").is_torn());
+        assert!(scan.report(&[0; 16]).is_err(), "no such run");
+    }
+
+    #[test]
+    fn gaps_are_read() {
+        let report = report(&Guest::new().at(N));
+        let gaps = |longest_ticks| Gaps { count: 2, longest_ticks, longest_monotonic_ns: 100 };
+        assert_eq!(report.gaps, [gaps(300), gaps(301)]);
+    }
+
+    fn entry(realtime_ns: i64) -> Entry {
+        Entry { tsc: 0, monotonic_ns: 0, realtime_ns }
+    }
+
+    fn ledger(entries: &[(u16, u64, i64)]) -> Ledger {
+        let mut ledger = Ledger::default();
+        entries.iter().for_each(|(thread, n, time)| ledger.add(*thread, *n, entry(*time)));
+        ledger
+    }
+
+    #[test]
+    fn the_ledger_tells_when() {
+        let times = ledger(&[(0, 100, 1000), (0, 200, 3000), (0, 300, 4000), (1, 5, 77)]);
+        let cases = [
+            (0, 99, None),
+            (0, 100, Some(1000)),
+            (0, 150, Some(2000)),
+            (0, 200, Some(3000)),
+            (0, 290, Some(3900)),
+            (0, 300, Some(4000)),
+            (0, 450, Some(5500)),
+            (1, 5, Some(77)),
+            (1, 9, Some(77)),
+            (2, 9, None),
+        ];
+        for (thread, number, expected) in cases {
+            assert_eq!(times.realtime_ns(thread, number), expected, "{number} of {thread}");
+        }
+        let mut merged = ledger(&[(1, 4, 70)]);
+        merged.merge(&times);
+        assert_eq!(merged.entries(0), times.entries(0));
+        assert_eq!(merged.entries(1).keys().collect::<Vec<_>>(), [&4, &5]);
+    }
+
+    #[test]
+    fn a_heartbeat_that_is_being_written_is_none() {
+        let guest = Guest::new();
+        let mut pages = guest.at(N);
+        let thread = &guest.layout.threads[0];
+        let last = |pages: &Pages| {
+            let last = report(pages).ledger.entries(0).last_key_value().map(|(n, _)| *n);
+            last.expect("an entry")
+        };
+        guest.page(&mut pages, thread.heartbeat)[tearpage::BEAT_AT + 0x20] += 5;
+        assert_eq!(last(&pages), 405, "the heartbeat's last store");
+        guest.page(&mut pages, thread.heartbeat)[tearpage::BEAT_AT] += 1;
+        assert_eq!(last(&pages), 400, "the ledger's last entry");
+        guest.page(&mut pages, thread.heartbeat)[tearpage::BEAT_AT..][..48].fill(0);
+        assert_eq!(last(&pages), 400, "before the first beat");
+    }
+
+    #[test]
+    fn the_instant_lies_between_two_entries() {
+        let guest = Guest::new();
+        let early = report(&guest.at([400, 413]));
+        let mut all = early.ledger.clone();
+        all.merge(&report(&guest.at([800, 800])).ledger);
+        let instant = early.instant(&all).expect("an instant");
+        // The last heartbeat before, of the thread that is further by its clock; then the second
+        // entry behind, of the thread that is less far.
+        let time = |n: u64| i64::try_from(time_ns(n)).expect("small");
+        assert_eq!(instant, Instant { from_ns: time(410), to_ns: time(500) });
+        // At most so far apart; farther, the one is behind what the other comes before.
+        for (ahead, holds) in [(509, true), (510, false), (613, false)] {
+            let image = report(&guest.at([400, ahead]));
+            assert!(!image.is_torn());
+            assert_eq!(image.instant(&all).is_ok(), holds, "{ahead}");
+        }
+        assert!(early.instant(&early.ledger.clone()).is_err(), "nothing later");
+        assert!(early.instant(&Ledger::default()).is_err());
+        let mut torn = early.clone();
+        torn.clock_violations = 1;
+        assert!(torn.instant(&all).is_err(), "no instant");
+        let mut blind = early;
+        blind.ledger = ledger(&[(0, 401, 5), (1, 600, 5)]);
+        assert!(blind.instant(&all).is_err(), "no entry of thread 0 before");
+    }
+
+    #[test]
+    fn a_declared_time_is_held_against_the_guests() {
+        let offset = Offset { low_ns: 1000, high_ns: 1010 };
+        let instant = Instant { from_ns: 6000, to_ns: 6200 };
+        let misses = |utc_ns, bound_ns| Declared { utc_ns, bound_ns }.misses_ns(&instant, &offset);
+        // In the guest's time it begins at τ - 100 + 1000, and ends at τ + 100 + 1010.
+        let cases =
+            [(4890, 0), (4889, 1), (4000, 890), (5100, 0), (5300, 0), (5301, -1), (6300, -1000)];
+        for (utc_ns, expected) in cases {
+            assert_eq!(misses(utc_ns, 100), expected, "{utc_ns}");
+        }
+        assert_eq!(
+            [misses(4990, 0), misses(4989, 0), misses(5200, 0), misses(5201, 0)],
+            [0, 1, 0, -1]
+        );
+        let declared = Declared { utc_ns: 5000, bound_ns: 100 };
+        assert_eq!(declared.power_ns(&instant, &offset), 410);
+        // No τ that is farther off than that passes, whatever passes.
+        for utc_ns in 4890..=5300 {
+            assert!(misses(utc_ns - 411, 100) > 0 && misses(utc_ns + 411, 100) < 0);
+        }
+        let hull = offset.hull(Offset { low_ns: 990, high_ns: 1005 });
+        assert_eq!((hull, hull.width_ns()), (Offset { low_ns: 990, high_ns: 1010 }, 20));
+    }
+
+    #[test]
+    fn times_in_utc_are_read() {
+        let cases = [
+            ("1970-01-01T00:00:00Z", Some(0)),
+            ("1970-01-02T00:00:01.5Z", Some(86_401_500_000_000)),
+            ("2000-02-29T23:59:59.000000001Z", Some(951_868_799_000_000_001)),
+            ("2000-03-01T00:00:00Z", Some(951_868_800_000_000_000)),
+            ("2026-11-25T12:04:08.123456Z", Some(1_795_608_248_123_456_000)),
+            ("2026-11-25T12:04:08+00:00", None),
+            ("2026-13-25T12:04:08Z", None),
+            ("2026-11-25T12:04Z", None),
+            ("2026-11-25T12:04:08.1234567890Z", None),
+            ("", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(utc_ns(text), expected, "{text}");
+        }
+    }
 }

@@ -11,6 +11,7 @@ mod live;
 mod outer;
 mod run;
 mod tear;
+mod tearbench;
 
 use lab::runner::Test;
 
@@ -25,6 +26,7 @@ pub(crate) fn all() -> Vec<Test> {
         kills::TESTS,
         kills::AROUND,
         tear::TESTS,
+        tearbench::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,

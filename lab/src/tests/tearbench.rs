@@ -1,0 +1,253 @@
+//! The tear benchmark on Linux guests of several CPUs, with RAM on both sides of the 4 GiB line:
+//! images held against "one instant", and the declared τ against the guest's own clock. Each test
+//! prints its figures.
+
+use lab::tear::{Controls, Runs};
+use lab::tearbench::{Options, Tearbench};
+use lab::tearcheck::{Declared, Ledger, Offset, Report, Scan, utc_ns};
+use lab::{Backing, Builder, Guest, Lab, Result, Version, failed, here};
+use serde_json::Value;
+
+use super::exhibit::acquire;
+
+pub(crate) const TESTS: &[lab::runner::Test] = here![
+    freeze_of_linux_is_one_instant,
+    freeze_of_linux_on_memfd_and_qemu_7_2_is_one_instant,
+    freeze_of_linux_on_huge_pages_is_one_instant,
+];
+
+/// Memory of the guests: half of it lies below the hole, half above 4 GiB.
+const MEMORY_MIB: u64 = 256;
+
+/// What is tried: a method by its name, how it is called, and the class that it must earn.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Trial<'a> {
+    /// The tool's name for the method.
+    pub(super) method: &'a str,
+    /// More of its flags.
+    pub(super) flags: &'a [&'a str],
+    /// What the manifest must say.
+    pub(super) class: &'a str,
+    /// Images of it.
+    pub(super) runs: u32,
+    /// Images by `live` of the running guest.
+    pub(super) controls: u32,
+}
+
+/// A Linux guest with the benchmark in it.
+pub(super) struct Subject {
+    pub(super) guest: Guest,
+    pub(super) bench: Tearbench,
+    /// Bytes a second with which `live` reads: it may not be so quick that a busy host lets the guest
+    /// not run at all between the reads of two pages.
+    rate: String,
+}
+
+/// An image, and what was measured around it.
+pub(super) struct Taken {
+    pub(super) manifest: Value,
+    pub(super) report: Report,
+    /// The guest's clock against the host's, from before the image to after it.
+    pub(super) offset: Offset,
+}
+
+impl Subject {
+    /// A guest with two CPUs, made as `like` says, that has RAM on both sides of the 4 GiB line.
+    pub(super) fn boot(
+        lab: &Lab,
+        like: impl FnOnce(Builder) -> Builder,
+        options: &Options,
+    ) -> Result<Self> {
+        let guest = lab.guest().memory_mib(MEMORY_MIB).cpus(2).both_sides_of_the_hole();
+        // Linux would set 64 MiB aside to bounce DMA with, of the little that lies below.
+        let mut guest = like(guest.append("swiotlb=noforce")).boot()?;
+        let bench = Tearbench::start(&mut guest, options)?;
+        let armed = &bench.armed;
+        let [below, pages] = ["below_4g", "pages"].map(|field| armed[field].as_u64().unwrap_or(0));
+        assert!(0 < below && below < pages, "not on both sides of the line: {armed}");
+        let memory: u64 = guest.ram()?.iter().map(|range| range.len).sum();
+        Ok(Self { guest, bench, rate: format!("{}", memory * 4) })
+    }
+
+    /// An image by any method. It must be a complete exhibit with all of the program's pages in it.
+    pub(super) fn take(&self, lab: &Lab, method: &str, flags: &[&str]) -> Result<Taken> {
+        let before = self.bench.offset()?;
+        let (manifest, report) = self.image(lab, method, flags)?;
+        let offset = before.hull(self.bench.offset()?);
+        Ok(Taken { manifest, report, offset })
+    }
+
+    /// The same of a guest that may stand still.
+    fn image(&self, lab: &Lab, method: &str, flags: &[&str]) -> Result<(Value, Report)> {
+        let exhibit = acquire(lab, &self.guest, method, flags)?;
+        let mut scan = Scan::new();
+        exhibit.image()?.each(|gpa, bytes| scan.piece(gpa, bytes))?;
+        let manifest = exhibit.manifest.clone();
+        exhibit.remove()?;
+        Ok((manifest, scan.report(&self.bench.run)?))
+    }
+
+    fn live(&self, lab: &Lab) -> Result<Report> {
+        Ok(self.image(lab, "live", &["--max-rate", &self.rate])?.1)
+    }
+
+    /// `n` images by `live` of the running guest, which are added to `seen`, then one of the stopped
+    /// one. It runs on.
+    fn controls(&mut self, lab: &Lab, n: u32, seen: &mut Vec<Report>) -> Result<Controls> {
+        let mut controls = Controls::default();
+        for _ in 0..n {
+            let report = self.live(lab)?;
+            count(&mut controls.live, &report);
+            seen.push(report);
+        }
+        self.guest.stop()?;
+        let report = self.live(lab)?;
+        self.guest.cont()?;
+        count(&mut controls.stopped, &report);
+        seen.push(report);
+        Ok(controls)
+    }
+
+    /// Images by a method, none of them torn, each of an instant in which it says it is; then the
+    /// controls of the same guest, without which that would say nothing.
+    pub(super) fn is_one_instant(&mut self, lab: &Lab, trial: &Trial<'_>) -> Result<()> {
+        let (mut runs, mut taken) = (Runs::default(), Vec::new());
+        for _ in 0..trial.runs {
+            let image = self.take(lab, trial.method, trial.flags)?;
+            assert_eq!(image.manifest["class"], trial.class, "{}", image.manifest["disturbances"]);
+            count(&mut runs, &image.report);
+            taken.push(image);
+        }
+        let mut others = Vec::new();
+        let controls = self.controls(lab, trial.controls, &mut others)?;
+        let reports = || taken.iter().map(|image| &image.report).chain(&others);
+        let smear = others.iter().map(Report::smear_ns).max().unwrap_or(0);
+        let causal = others.iter().filter(|report| report.clock_violations > 0).count();
+        println!(
+            "         {} {runs}, {controls}; live: up to {} smeared, {causal} with a clock beyond",
+            trial.method,
+            ms(smear)
+        );
+        controls.hold()?;
+        assert_eq!(runs.torn, 0, "{}: {runs}", trial.method);
+        let mut ledger = Ledger::default();
+        reports().for_each(|report| ledger.merge(&report.ledger));
+        let taus = taken.iter().map(|image| image.tau(&ledger)).collect::<Result<Vec<_>>>()?;
+        println!(
+            "         τ: {} of {} outside, bounds up to {}, a τ farther off than {} would not pass; \
+             guest's clock known to {}",
+            taus.iter().filter(|tau| tau.misses_ns != 0).count(),
+            taus.len(),
+            ms(taus.iter().map(|tau| tau.bound_ns).max().unwrap_or(0)),
+            ms(taus.iter().map(|tau| tau.power_ns).max().unwrap_or(0)),
+            ms(taken.iter().map(|image| image.offset.width_ns()).max().unwrap_or(0)),
+        );
+        assert!(taus.iter().all(|tau| tau.misses_ns == 0), "{taus:?}");
+        for report in reports() {
+            assert!(report.canaries > 0);
+            assert_eq!(report.canaries_lost, 0, "of {} canaries", report.canaries);
+        }
+        self.assert_well(&taken)
+    }
+
+    /// What the guest itself says afterwards.
+    fn assert_well(&mut self, taken: &[Taken]) -> Result<()> {
+        let said = self.bench.report(&mut self.guest)?;
+        println!("         the guest: {said}");
+        assert_eq!([&said["canary_ok"], &said["moved_pages"]], [&true.into(), &Value::from(0)]);
+        // It felt every hold.
+        let held = taken.iter().filter_map(|image| held_ns(&image.manifest)).max().unwrap_or(0);
+        for gap in said["longest_gap_tsc_ns"].as_array().into_iter().flatten() {
+            let gap = gap.as_i64().unwrap_or(0);
+            assert!(gap >= held - held / 20, "held {held} ns, missed {gap} ns at most");
+        }
+        Ok(())
+    }
+
+    /// Ends the program and the guest.
+    pub(super) fn finish(mut self) -> Result<()> {
+        self.bench.end(&mut self.guest)?;
+        self.guest.finish()
+    }
+}
+
+fn count(runs: &mut Runs, report: &Report) {
+    runs.count_all(report.is_torn(), &report.threads);
+}
+
+/// A declared τ against the ledger.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tau {
+    /// How far outside of what is declared the instant lies.
+    pub(super) misses_ns: i64,
+    /// The bound that it was held against.
+    pub(super) bound_ns: i64,
+    /// A τ that is farther off would not have passed.
+    pub(super) power_ns: i64,
+}
+
+impl Taken {
+    /// Holds the manifest's τ against the guest's clock; `ledger` is that of images up to a later
+    /// one. The bound is taken without the host's clock's error against UTC: the lab looks at the
+    /// same clock. A τ that is as far off as the check can see must fail.
+    pub(super) fn tau(&self, ledger: &Ledger) -> Result<Tau> {
+        let declared = self.declared()?;
+        let instant = self.report.instant(ledger)?;
+        let power_ns = declared.power_ns(&instant, &self.offset);
+        for off in [-power_ns - 1, power_ns + 1] {
+            let utc_ns = declared.utc_ns + off;
+            let shifted = Declared { utc_ns, ..declared }.misses_ns(&instant, &self.offset);
+            assert!(shifted != 0, "a τ that is {off} ns off passes: {instant:?}, {declared:?}");
+        }
+        let misses_ns = declared.misses_ns(&instant, &self.offset);
+        Ok(Tau { misses_ns, bound_ns: declared.bound_ns, power_ns })
+    }
+
+    fn declared(&self) -> Result<Declared> {
+        let tau = &self.manifest["tau"];
+        let bad = || failed(format_args!("the manifest's τ is {tau}"));
+        let bound = tau["bound_ns"].as_i64().ok_or_else(bad)?;
+        let error = self.manifest["clock"]["max_error_us"].as_i64().unwrap_or(0) * 1000;
+        let half = held_ns(&self.manifest).map_or(bound - error, |held| held / 2 + 1);
+        assert!(0 < half && half <= bound, "half of {half} ns, and a bound of {bound} ns");
+        let utc_ns = tau["utc"].as_str().and_then(utc_ns).ok_or_else(bad)?;
+        Ok(Declared { utc_ns, bound_ns: half })
+    }
+}
+
+/// How long the guest stood still, all of it.
+fn held_ns(manifest: &Value) -> Option<i64> {
+    let at = |field: &str| manifest["hold"][field].as_i64();
+    Some(at("released_ns")? - at("held_ns")?)
+}
+
+fn ms(ns: i64) -> String {
+    format!("{}.{:03} ms", ns / 1_000_000, ns / 1000 % 1000)
+}
+
+fn freeze(runs: u32, controls: u32) -> Trial<'static> {
+    let flags = &["--stall-budget", "900ms"];
+    Trial { method: "freeze", flags, class: "instantaneous", runs, controls }
+}
+
+fn freeze_of_linux_is_one_instant(lab: &Lab) -> Result<()> {
+    let mut subject = Subject::boot(lab, |guest| guest, &Options::default())?;
+    subject.is_one_instant(lab, &freeze(lab.scale(4, 40), lab.scale(2, 10)))?;
+    subject.finish()
+}
+
+fn freeze_of_linux_on_memfd_and_qemu_7_2_is_one_instant(lab: &Lab) -> Result<()> {
+    let like = |guest: Builder| guest.version(Version::V7_2).backing(Backing::Memfd);
+    let mut subject = Subject::boot(lab, like, &Options::default())?;
+    subject.is_one_instant(lab, &freeze(lab.scale(2, 20), lab.scale(1, 5)))?;
+    subject.finish()
+}
+
+/// A slow writer in huge pages: some thousand stores a second, as a guest that is mostly idle.
+fn freeze_of_linux_on_huge_pages_is_one_instant(lab: &Lab) -> Result<()> {
+    let options = Options { thp: true, rate: 1_000_000, ledger: 1 << 12, ..Options::default() };
+    let mut subject = Subject::boot(lab, |guest| guest, &options)?;
+    assert!(subject.bench.armed["huge_kib"].as_u64() > Some(0), "{}", subject.bench.armed);
+    subject.is_one_instant(lab, &freeze(lab.scale(1, 20), lab.scale(1, 5)))?;
+    subject.finish()
+}
