@@ -803,11 +803,11 @@ mod tests {
     fn a_clock_may_know_all_there_is_and_no_more() {
         let guest = Guest::new();
         for (t, share) in guest.layout.threads.iter().enumerate() {
-            for u in 0..2 {
+            for (u, n) in N.into_iter().enumerate() {
                 for (more, violations) in [(0, 0), (1, 1), (1000, 1)] {
                     let mut pages = guest.at(N);
                     let bytes = guest.page(&mut pages, share.clocks[1]);
-                    put(bytes, tearpage::CLOCK_AT + 8 * u, N[u] + more);
+                    put(bytes, tearpage::CLOCK_AT + 8 * u, n + more);
                     let report = report(&pages);
                     assert_eq!(report.clock_violations, violations, "{t} of {u} and {more}");
                     assert_eq!(report.is_torn(), violations > 0);

@@ -34,6 +34,7 @@ pub(crate) fn all() -> Vec<Test> {
         faults::OUTER,
         kills::OUTER,
         tear::OUTER,
+        tearbench::OUTER,
         holds::OUTER,
     ]
     .concat()
