@@ -146,15 +146,26 @@ pub fn canary_body(run: &[u8; 16], pfn: u64, body: &mut [u8]) {
 
 /// CRC-32C (Castagnoli), as iSCSI and ext4 use it.
 pub fn crc32c(bytes: &[u8]) -> u32 {
-    let mut crc = !0;
-    for byte in bytes {
-        crc ^= u32::from(*byte);
-        for _ in 0..8 {
-            crc = crc >> 1 ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 };
-        }
-    }
-    !crc
+    !bytes
+        .iter()
+        .fold(!0, |crc: u32, byte| crc >> 8 ^ REMAINDERS[usize::from(crc.to_le_bytes()[0] ^ byte)])
 }
+
+/// What each byte leaves when it is divided by the polynomial.
+const REMAINDERS: [u32; 256] = {
+    let mut table = [0; 256];
+    let (mut byte, mut number) = (0, 0);
+    while byte < table.len() {
+        let (mut crc, mut bit): (u32, u32) = (number, 0);
+        while bit < 8 {
+            crc = crc >> 1 ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 };
+            bit += 1;
+        }
+        table[byte] = crc;
+        (byte, number) = (byte + 1, number + 1);
+    }
+    table
+};
 
 /// Which of a program's pages are taken for what, as indices into its list of frame numbers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
