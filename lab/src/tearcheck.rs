@@ -749,6 +749,21 @@ mod tests {
         }
     }
 
+    /// The certified resolution: so many stores between the reads of the two pages of a pair, however
+    /// far the spread ring is from coming round.
+    #[test]
+    fn two_rounds_less_one_store_between_the_pages_of_a_pair_are_seen() {
+        let guest = Guest::new();
+        let late = 2 * ROUND - 1;
+        for n in N[0]..N[0] + ROUND {
+            let (mut pages, later) = (guest.at([n, N[1]]), guest.at([n + late, N[1]]));
+            let gpa = guest.gpa(guest.layout.threads[0].pair[1]);
+            pages.insert(gpa, later[&gpa].clone());
+            let rings = report(&pages).rings[0];
+            assert!(rings.pair.is_torn() && !rings.spread.is_torn(), "{n}");
+        }
+    }
+
     /// Pages of a copy that goes up through memory while the guest goes on.
     #[test]
     fn a_copy_that_takes_time_is_torn() {
@@ -790,9 +805,8 @@ mod tests {
         }
         let report = report(&pages);
         let verdict = report.threads[0];
-        // Word 0 of the pair holds the most recent multiple of 9, and is gone 9 stores later.
-        let gone = N[0] / ROUND * ROUND + ROUND.min(N[0] % ROUND + 1) - 1;
-        assert!(verdict.smear_writes > 2 * LAP, "{verdict:?} {gone}");
+        assert!(verdict.smear_writes > 2 * LAP, "{verdict:?}");
+        // The first word to go is one of the pair's, which comes round within nine stores.
         let last = verdict.max - verdict.smear_writes;
         assert!(last >= N[0] && last < N[0] + ROUND, "{verdict:?}");
         let ns = i64::try_from((verdict.smear_writes - 1) * STORE_NS).expect("small");
@@ -891,6 +905,15 @@ mod tests {
             assert!(!flaws.broken.is_empty(), "{at:#x}: {flaws:?}");
             assert!(scan(&pages).report(&RUN).is_err());
         }
+        // A third thread's page of a ring that is one too many.
+        let gpa = guest.gpa(guest.layout.threads[0].pair[0]);
+        let mut page = guest.at(N).remove(&gpa).expect("there");
+        (page[0x16], page[0x28]) = (2, 4);
+        let crc = tearpage::crc32c(&page[..tearpage::CRC_AT]);
+        page[tearpage::CRC_AT..tearpage::CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+        let mut scan = Scan::new();
+        scan.piece(gpa, &page);
+        assert_eq!(scan.flaws(&RUN).broken, [gpa]);
     }
 
     #[test]
@@ -924,11 +947,13 @@ mod tests {
         assert_eq!(report(&pages).canaries, count(canaries.len()));
         guest.page(&mut pages, canaries[0])[4095] ^= 1;
         assert_eq!(report(&pages).canaries_lost, 1);
+        guest.page(&mut pages, canaries[5])[tearpage::BODY_AT] ^= 1;
+        assert_eq!(report(&pages).canaries_lost, 2);
         pages.remove(&guest.gpa(canaries[1]));
         guest.page(&mut pages, canaries[2]).fill(0);
         let lost = report(&pages);
-        assert_eq!(lost.canaries_lost, 3);
-        assert!((lost.canary_loss() - 3.0 / f64::from(lost.canaries)).abs() < 1e-9);
+        assert_eq!(lost.canaries_lost, 4);
+        assert!((lost.canary_loss() - 4.0 / f64::from(lost.canaries)).abs() < 1e-9);
         assert!(!lost.is_torn());
         // Another canary's body is not this one's.
         let mut swapped = guest.at(N);
@@ -1007,6 +1032,7 @@ mod tests {
         assert_eq!(last(&pages), 400, "the ledger's last entry");
         guest.page(&mut pages, thread.heartbeat)[tearpage::BEAT_AT..][..48].fill(0);
         assert_eq!(last(&pages), 400, "before the first beat");
+        assert_eq!(beat_in(&[0; tearpage::BEAT]), None, "no beat is no entry");
     }
 
     #[test]
