@@ -49,7 +49,14 @@ mod c {
     }
 
     unsafe extern "C" {
-        pub fn mmap(at: *mut c_void, n: usize, p: c_int, f: c_int, fd: c_int, o: i64) -> *mut c_void;
+        pub fn mmap(
+            at: *mut c_void,
+            n: usize,
+            p: c_int,
+            f: c_int,
+            fd: c_int,
+            o: i64,
+        ) -> *mut c_void;
         pub fn madvise(at: *mut c_void, len: usize, advice: c_int) -> c_int;
         pub fn mlockall(flags: c_int) -> c_int;
         pub fn sched_setaffinity(pid: c_int, len: usize, mask: *const u64) -> c_int;
@@ -264,7 +271,9 @@ fn bad_canaries(memory: &Memory, plan: &Plan, frames: &[u64], layout: &Layout) -
         let bytes = memory.bytes(page);
         let crc = tearpage::crc32c(&bytes[..tearpage::CRC_AT]).to_le_bytes();
         let rest = &bytes[tearpage::BODY_AT..];
-        bytes[..16] == tearpage::magic() && bytes[tearpage::CRC_AT..][..4] == crc && *rest == expected
+        bytes[..16] == tearpage::magic()
+            && bytes[tearpage::CRC_AT..][..4] == crc
+            && *rest == expected
     };
     layout.canaries.len() - layout.canaries.iter().filter(whole).count()
 }
@@ -296,9 +305,7 @@ impl Memory {
         let len = mib << 20;
         let (none, fd) = (std::ptr::null_mut(), -1);
         // SAFETY: a new anonymous mapping touches nothing that exists.
-        let at = unsafe {
-            c::mmap(none, len + HUGE, c::READ_WRITE, c::PRIVATE_ANONYMOUS, fd, 0)
-        };
+        let at = unsafe { c::mmap(none, len + HUGE, c::READ_WRITE, c::PRIVATE_ANONYMOUS, fd, 0) };
         if at.addr() == usize::MAX {
             return Err(Error::last_os_error());
         }
@@ -350,7 +357,7 @@ impl Memory {
 
     /// A word of a page, for a writer.
     fn word(&self, page: usize, offset: usize) -> &AtomicU64 {
-        assert!(offset % 8 == 0);
+        assert!(offset.is_multiple_of(8));
         // SAFETY: aligned, inside the mapping, and from now on only used as an atomic.
         unsafe { AtomicU64::from_ptr(self.at(page, offset).cast::<u64>()) }
     }
@@ -361,7 +368,8 @@ impl Memory {
         let mut raw = vec![0u8; self.pages() * 8];
         File::open("/proc/self/pagemap")?.read_exact_at(&mut raw, first as u64 * 8)?;
         let entry = |raw: &[u8]| u64::from_le_bytes(raw.try_into().expect("8 bytes"));
-        let frame = |e| if e & PRESENT != 0 { Ok(e & FRAME) } else { Err(Error::other("page absent")) };
+        let frame =
+            |e| if e & PRESENT != 0 { Ok(e & FRAME) } else { Err(Error::other("page absent")) };
         raw.chunks_exact(8).map(entry).map(frame).collect()
     }
 }
@@ -384,11 +392,24 @@ struct Ticks {
 
 impl Ticks {
     fn measure() -> Self {
-        let (tsc, time) = (ticks(), nanoseconds(c::CLOCK_MONOTONIC));
-        std::thread::sleep(Duration::from_millis(100));
-        let (ticks, passed) = (ticks() - tsc, nanoseconds(c::CLOCK_MONOTONIC) - time);
+        let (tsc, time) = Self::both();
+        std::thread::sleep(Duration::from_millis(200));
+        let (later, now) = Self::both();
+        let (ticks, passed) = (later - tsc, now - time);
         let per_ms = u128::from(ticks) * 1_000_000 / u128::from(passed.max(1));
         Self { per_ms: (per_ms as u64).max(1) }
+    }
+
+    /// The TSC and CLOCK_MONOTONIC at one time: of many tries the one that took least, as a busy host
+    /// comes between the two.
+    fn both() -> (u64, u64) {
+        let look = || {
+            let before = ticks();
+            let time = nanoseconds(c::CLOCK_MONOTONIC);
+            let took = ticks().saturating_sub(before);
+            (took, (before + took / 2, time))
+        };
+        (0..100).map(|_| look()).min().expect("a hundred").1
     }
 
     fn of_ns(&self, ns: u64) -> u64 {

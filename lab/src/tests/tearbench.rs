@@ -169,9 +169,10 @@ impl Subject {
         let said = self.bench.end(&mut self.guest)?;
         println!("         the guest: {said}");
         assert_eq!([&said["canary_ok"], &said["moved_pages"]], [&true.into(), &Value::from(0)]);
+        // It felt each hold: by as much as its own measure of the TSC is worth.
         for gap in said["longest_gap_tsc_ns"].as_array().into_iter().flatten() {
             let (gap, held) = (gap.as_i64().unwrap_or(0), self.felt_ns);
-            assert!(gap >= held - held / 20, "held {held} ns, missed {gap} ns at most");
+            assert!(gap >= held - held / 10, "held {held} ns, missed {gap} ns at most");
         }
         self.guest.finish()
     }
