@@ -1,4 +1,4 @@
-//! The guests' root: busybox, the planted program, the virtio modules, a scripted init.
+//! The guests' root: busybox, the planted programs, the virtio modules, a scripted init.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -33,6 +33,7 @@ pub(crate) fn guest(kit: &Kit, to: &Path) -> Result<()> {
     base(&mut cpio)?;
     cpio.file("init", 0o755, INIT.replace("CANARY", CANARY).as_bytes())?;
     cpio.copy("bin/plant", &kit.plant())?;
+    cpio.copy("bin/tearbench", &kit.tearbench())?;
     // A copy, not a link: the kernel names a process after the file that it runs.
     cpio.copy(&format!("bin/{CANARY}"), &kit.plant())?;
     modules(&mut cpio, kit, &GUEST_MODULES)?;

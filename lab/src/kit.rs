@@ -87,6 +87,11 @@ impl Kit {
         self.root.join("plant/plant")
     }
 
+    /// The tear benchmark's program for Linux guests.
+    pub fn tearbench(&self) -> PathBuf {
+        self.root.join("tearbench/tearbench")
+    }
+
     /// The ring guest's boot sector, without its parameters.
     pub fn ring(&self) -> PathBuf {
         self.root.join("ring/ring.bin")

@@ -31,6 +31,10 @@ pub mod runner;
 mod serial;
 pub mod setup;
 pub mod tear;
+pub mod tearbench;
+pub mod tearcheck;
+#[path = "../guest/tearpage.rs"]
+pub mod tearpage;
 pub mod terminal;
 
 pub use error::{Doing, Failure, Result, failed, skipped};

@@ -30,6 +30,8 @@ const PYTHON: [&str; 2] = ["volatility3==2.28.2", "pakunoda==1.0.9"];
 
 const PLANT: &str = include_str!("../guest/plant.rs");
 const PATTERN: &str = include_str!("../guest/pattern.rs");
+const TEARBENCH: &str = include_str!("../guest/tearbench.rs");
+const TEARPAGE: &str = include_str!("../guest/tearpage.rs");
 const RING: &str = include_str!("../guest/ring.S");
 
 /// How long other package managers may keep their locks.
@@ -50,6 +52,8 @@ pub fn run() -> Result<Kit> {
     setup.step("venv", &PYTHON.join(" "), "Volatility 3, pakunoda", |to| setup.python(to))?;
     let sources = format!("{PLANT}{PATTERN}");
     setup.step("plant", &sources, "the program for guests", |to| setup.plant(to))?;
+    let sources = format!("{TEARBENCH}{TEARPAGE}{PATTERN}");
+    setup.step("tearbench", &sources, "the tear benchmark's guest", |to| setup.tearbench(to))?;
     setup.step("ring", RING, "the ring guest", |to| setup.ring(to))?;
     setup.step("images", &setup.inputs()?, "initramfs images", |to| setup.images(to))?;
     Ok(setup.kit)
@@ -157,12 +161,12 @@ impl Setup {
     }
 
     fn plant(&self, to: &Path) -> Result<()> {
-        fs::write(to.join("plant.rs"), PLANT)?;
-        fs::write(to.join("pattern.rs"), PATTERN)?;
-        let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
-        rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static"]);
-        rustc.args(["-C", "strip=symbols", "-C", "panic=abort", "-o"]);
-        ok(rustc.arg(to.join("plant")).arg(to.join("plant.rs")))
+        guest_program(to, "plant", &[("plant", PLANT), ("pattern", PATTERN)])
+    }
+
+    fn tearbench(&self, to: &Path) -> Result<()> {
+        let sources = [("tearbench", TEARBENCH), ("tearpage", TEARPAGE), ("pattern", PATTERN)];
+        guest_program(to, "tearbench", &sources)
     }
 
     /// A boot sector, linked to where the firmware loads it.
@@ -178,7 +182,9 @@ impl Setup {
     /// What the images are made of: they are made again when any of it changes.
     fn inputs(&self) -> Result<String> {
         let mut inputs = String::new();
-        for part in ["kernel.stamp", "qemu-10.0.stamp", "plant.stamp", "kernel/version"] {
+        for part in
+            ["kernel.stamp", "qemu-10.0.stamp", "plant.stamp", "tearbench.stamp", "kernel/version"]
+        {
             inputs.push_str(&fs::read_to_string(self.kit.root().join(part))?);
         }
         inputs.push_str(&self.kit.qemu_version(Version::V7_2)?);
@@ -191,6 +197,18 @@ impl Setup {
         initramfs::guest(&self.kit, &self.kit.initramfs())?;
         outer::initramfs(&self.kit, &self.kit.outer_initramfs())
     }
+}
+
+/// One static program for guests, from one file and its modules.
+fn guest_program(to: &Path, name: &str, sources: &[(&str, &str)]) -> Result<()> {
+    for (module, text) in sources {
+        fs::write(to.join(format!("{module}.rs")), text)?;
+    }
+    let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static"]);
+    // A module has more in it than each program, and the lab, takes.
+    rustc.args(["-C", "strip=symbols", "-C", "panic=abort", "-A", "dead_code", "-o"]);
+    ok(rustc.arg(to.join(name)).arg(to.join(format!("{name}.rs"))))
 }
 
 fn present((file, package): &&(&str, &str)) -> bool {

@@ -49,27 +49,49 @@ impl fmt::Display for Verdict {
     }
 }
 
+/// A word of a writer that numbers its stores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Word {
+    /// The number of the last store into it.
+    pub value: u64,
+    /// How many stores later the next one goes there: L in a ring, where all words take turns.
+    pub lap: u64,
+}
+
+impl Word {
+    /// The last store after which the word is what it is.
+    fn last(&self) -> u64 {
+        self.value.saturating_add(self.lap.saturating_sub(1))
+    }
+}
+
 /// Judges the values of all words of a ring, in any order. `None` without any.
 pub fn judge(values: &[u64]) -> Option<Verdict> {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable();
-    let (min, max) = (*sorted.first()?, *sorted.last()?);
-    let words = count(sorted.len());
-    let last = |value: u64| value.saturating_add(words - 1);
+    let lap = count(values.len());
+    judge_words(&values.iter().map(|&value| Word { value, lap }).collect::<Vec<_>>())
+}
+
+/// The same for words that do not all come round after the same number of stores.
+pub fn judge_words(words: &[Word]) -> Option<Verdict> {
+    let (mut values, mut lasts): (Vec<u64>, Vec<u64>) =
+        words.iter().map(|word| (word.value, word.last())).unzip();
+    values.sort_unstable();
+    lasts.sort_unstable();
+    let (min, max, soonest) = (*values.first()?, *values.last()?, *lasts.first()?);
     // Words that no longer were what they are when `n` was stored, and those that were already.
-    let gone = |n: u64| count(sorted.partition_point(|&value| last(value) < n));
-    let there = |n: u64| count(sorted.partition_point(|&value| value <= n));
+    let gone = |n: u64| count(lasts.partition_point(|&last| last < n));
+    let there = |n: u64| count(values.partition_point(|&value| value <= n));
     // The number of words that agree rises only where an interval begins.
     let agree = |n: u64| there(n) - gone(n);
-    let cut = sorted.iter().copied().rev().max_by_key(|&n| agree(n))?;
+    let cut = values.iter().copied().rev().max_by_key(|&n| agree(n))?;
     Some(Verdict {
-        words,
+        words: count(words.len()),
         min,
         max,
         cut,
-        off_cut: words - agree(cut),
-        violations: sorted.iter().map(|&value| gone(value)).sum(),
-        smear_writes: max.saturating_sub(last(min)),
+        off_cut: count(words.len()) - agree(cut),
+        violations: values.iter().map(|&value| gone(value)).sum(),
+        smear_writes: max.saturating_sub(soonest),
     })
 }
 
@@ -178,10 +200,15 @@ pub struct Runs {
 impl Runs {
     /// Counts an image.
     pub fn count(&mut self, verdict: &Verdict) {
-        self.torn += u32::from(verdict.is_torn());
+        self.count_all(verdict.is_torn(), std::slice::from_ref(verdict));
+    }
+
+    /// Counts an image of several writers.
+    pub fn count_all(&mut self, torn: bool, verdicts: &[Verdict]) {
+        self.torn += u32::from(torn);
         self.of += 1;
-        self.words += verdict.words;
-        self.off_cut += verdict.off_cut;
+        self.words += verdicts.iter().map(|verdict| verdict.words).sum::<u64>();
+        self.off_cut += verdicts.iter().map(|verdict| verdict.off_cut).sum::<u64>();
     }
 }
 
@@ -334,6 +361,37 @@ mod tests {
             assert_eq!(figures(values), expected, "{values:?}");
         }
         assert_eq!(figures(&[6, u64::MAX]), Some((true, 6, 1, 1, u64::MAX - 7)));
+    }
+
+    /// A writer whose even stores go to one word, and whose odd ones to two others in turn: each of
+    /// its images is judged as by trying all instants.
+    #[test]
+    fn words_that_come_round_at_different_times_are_judged_as_by_trying() {
+        let laps = [2, 4, 4];
+        let holds = |word: usize, n: u64| {
+            let here = |k: &u64| k % laps[word] == [0, 1, 3][word];
+            (0..=n).rev().find(here).expect("stored in the first lap")
+        };
+        let mut torn = 0;
+        for times in (0..12u64.pow(3)).map(|n| [n % 12, n / 12 % 12, n / 144].map(|n| n + 8)) {
+            let values: Vec<u64> = (0..3).map(|word| holds(word, times[word])).collect();
+            let words: Vec<Word> =
+                values.iter().zip(laps).map(|(&value, lap)| Word { value, lap }).collect();
+            let verdict = judge_words(&words).expect("there are words");
+            let is_at = |word: usize, n: u64| holds(word, n) == values[word];
+            let agree = |n: u64| count((0..3).filter(|&word| is_at(word, n)).count());
+            let most = (4..40).map(agree).max().expect("an instant");
+            assert_eq!((verdict.words, verdict.off_cut), (3, 3 - most), "{times:?}");
+            assert_eq!(agree(verdict.cut), most, "{times:?}");
+            assert_eq!(verdict.is_torn(), most < 3, "{times:?}");
+            let gone = |word: usize| (4..60).rev().find(|&n| is_at(word, n)).expect("an n") + 1;
+            let first = (0..3).map(gone).min().expect("a word");
+            assert_eq!(verdict.smear_writes, (verdict.max + 1).saturating_sub(first), "{times:?}");
+            let pairs = (0..9).filter(|pair| values[pair / 3] >= gone(pair % 3)).count();
+            assert_eq!(verdict.violations, count(pairs), "{times:?}");
+            torn += u32::from(verdict.is_torn());
+        }
+        assert!((100..1600).contains(&torn), "{torn}");
     }
 
     fn ring() -> Ring {

@@ -12,6 +12,7 @@ mod outer;
 mod run;
 mod tear;
 mod track;
+mod tearbench;
 
 use lab::runner::Test;
 
@@ -27,6 +28,7 @@ pub(crate) fn all() -> Vec<Test> {
         kills::AROUND,
         tear::TESTS,
         track::TESTS,
+        tearbench::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,
@@ -35,6 +37,7 @@ pub(crate) fn all() -> Vec<Test> {
         kills::OUTER,
         tear::OUTER,
         track::OUTER,
+        tearbench::OUTER,
         holds::OUTER,
     ]
     .concat()
