@@ -11,8 +11,8 @@ mod live;
 mod outer;
 mod run;
 mod tear;
-mod track;
 mod tearbench;
+mod track;
 
 use lab::runner::Test;
 
