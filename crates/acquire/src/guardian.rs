@@ -642,8 +642,11 @@ impl Guardian {
     /// # Errors
     /// [`GuardianError`]; when the guardian was lost, its successor has let the guest go on.
     pub fn cont(&mut self, until_ns: u64) -> Result<Continued, GuardianError> {
-        // Asked early, it need not be waited for until the end: a successor needs time too.
-        match self.ask(&Ask::Cont, until(until_ns).saturating_sub(SUCCESSION).max(GRACE))? {
+        // Asked early, it need not be waited for until the end: a successor needs time too. Asked
+        // late, it has all the time that is left, for a busy host is no reason to give it up.
+        let left = until(until_ns);
+        let patience = left.saturating_sub(SUCCESSION).max(left.min(2 * SUCCESSION));
+        match self.ask(&Ask::Cont, patience.max(GRACE))? {
             Reply::Continued(continued) => {
                 if !continued.as_found {
                     self.not_as_found = Some(format!("the VM is {:?}", continued.run_state));
