@@ -48,9 +48,9 @@ const FIRMWARE: [&str; 11] = [
 /// Size of the disk that brings files back, and of the empty one for swap; both sparse.
 const DISK: u64 = 8 << 30;
 
-/// How long the outer guest may take to come up: twenty times as long as it takes. Once in some
-/// hundred times it hangs early under TCG; that says nothing of what is tested, and it is started
-/// again, and that is printed.
+/// How long the outer guest may take to come up: ten times as long as it takes. Seen once: both its
+/// CPUs busy for 25 minutes, and not a word. That says nothing of what is tested: it is started again,
+/// and that is printed.
 const UP: Duration = Duration::from_secs(180);
 
 /// What it says then, before the job.

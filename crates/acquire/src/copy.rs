@@ -67,7 +67,8 @@ impl Cell {
     }
 }
 
-const PAGE_BYTES: usize = 4096;
+/// A page of 4 KiB.
+pub(crate) const PAGE_BYTES: usize = 4096;
 
 /// Buffers of one worker: two blocks, so that a read can be compared with the one before.
 ///

@@ -472,7 +472,7 @@ pub struct Guardian {
     target: Who,
     capture: Who,
     log: Log,
-    /// The rights of every guardian that there was.
+    /// The rights of every guardian and holder that there was.
     pub rights: Vec<manifest::Process>,
     /// What was undone: of a run before, or when a guardian was lost.
     pub undone: Vec<Undone>,
@@ -740,7 +740,7 @@ impl Guardian {
 /// What is known when the guardian is gone.
 #[derive(Clone, Debug, Default)]
 pub struct Parting {
-    /// The rights of every guardian that there was.
+    /// The rights of every guardian and holder that there was.
     pub rights: Vec<manifest::Process>,
     /// What was undone.
     pub undone: Vec<Undone>,

@@ -38,12 +38,11 @@ enum Reply {
     /// The rights that it kept.
     Begun(manifest::Process),
     /// All threads are stopped.
-    Held {
-        threads: u32,
-    },
+    Held { threads: u32 },
     /// They were let go.
     Released(Released),
-    NotHeld(NotHeld),
+    /// They were not held, or not let go.
+    Refused(Refused),
 }
 
 /// A hold that is over. Times are CLOCK_MONOTONIC in nanoseconds.
@@ -60,7 +59,7 @@ pub struct Released {
 /// Why the process was not held. Its threads run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{text}")]
-pub struct NotHeld {
+pub struct Refused {
     /// The reason.
     pub text: String,
     /// Some thread did not stop in time: it may be tried again.
@@ -71,7 +70,7 @@ pub struct NotHeld {
     pub not_freed: bool,
 }
 
-impl From<HoldError> for NotHeld {
+impl From<HoldError> for Refused {
     fn from(error: HoldError) -> Self {
         let stall_ns = match &error {
             HoldError::NotStopped { stall: Some(stall), .. } => {
@@ -93,7 +92,7 @@ impl From<HoldError> for NotHeld {
 pub enum HolderError {
     /// The process could not be held.
     #[error(transparent)]
-    NotHeld(NotHeld),
+    Refused(Refused),
     /// The holder could not be started, or was lost: the kernel has let all threads go.
     #[error("the holder was lost")]
     Lost(#[from] ChannelError),
@@ -133,7 +132,7 @@ fn serve(channel: &mut Channel) -> Result<(), ChannelError> {
     let until = Instant::now() + at_most;
     let Some(process) = target.open() else {
         let error = HoldError::Exited { pid: target.pid };
-        return role::say(channel, &Reply::NotHeld(error.into()), PROMPT);
+        return role::say(channel, &Reply::Refused(error.into()), PROMPT);
     };
     let began_ns = monotonic_ns();
     let held = hold::during(&process, &limits, |hold| {
@@ -149,7 +148,7 @@ fn serve(channel: &mut Channel) -> Result<(), ChannelError> {
             ended_ns: monotonic_ns(),
             lasted: lasted && held.lasted,
         }),
-        Err(error) => Reply::NotHeld(error.into()),
+        Err(error) => Reply::Refused(error.into()),
     };
     role::say(channel, &reply, PROMPT)
 }
@@ -203,7 +202,7 @@ impl Holder {
         self.peer.say(&ask, PROMPT)?;
         match self.peer.hear(at_most + grace + PROMPT)? {
             Reply::Held { threads } => Ok(threads),
-            Reply::NotHeld(error) => Err(HolderError::NotHeld(error)),
+            Reply::Refused(error) => Err(HolderError::Refused(error)),
             other => Err(HolderError::OutOfTurn(format!("{other:?}"))),
         }
     }
@@ -217,7 +216,7 @@ impl Holder {
         let _ = role::say(self.peer.channel(), &Ask::Release, PROMPT);
         match self.peer.hear(PROMPT)? {
             Reply::Released(released) => Ok(released),
-            Reply::NotHeld(error) => Err(HolderError::NotHeld(error)),
+            Reply::Refused(error) => Err(HolderError::Refused(error)),
             other => Err(HolderError::OutOfTurn(format!("{other:?}"))),
         }
     }

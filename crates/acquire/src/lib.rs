@@ -30,7 +30,6 @@ use crate::copy::{Cell, Cut};
 use crate::event::{Event, Observer};
 use crate::guard::Guarded;
 use crate::guardian::{Guardian, GuardianError, Parting};
-use crate::holder::HolderError;
 use crate::log::Log;
 use crate::look::Looked;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
@@ -244,8 +243,6 @@ struct Run {
     changes: Vec<manifest::Change>,
     /// What is known of the guardian, once it is gone.
     parting: Parting,
-    /// The rights of the process that held the guest last, by ptrace.
-    holders: Vec<manifest::Process>,
     /// The rights of the processes that sealed.
     sealers: Vec<manifest::Process>,
 }
@@ -290,7 +287,6 @@ impl Run {
             stalls_ns: Vec::new(),
             changes: Vec::new(),
             parting: Parting::default(),
-            holders: Vec::new(),
             sealers: Vec::new(),
         }
     }
@@ -374,15 +370,8 @@ impl Run {
             Err(NotHeld::Guardian(_)) => record::no_hold_change(planned.kind),
             Err(_) => None,
         });
-        if let Err(error) = &frozen {
-            note_not_freed(error, guardian);
-        }
         let frozen = frozen.map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
-        let Frozen { hold, audit, end, doubt, not_freed, holder, .. } = frozen;
-        self.holders.extend(holder);
-        if let Some(text) = not_freed {
-            guardian.not_as_found.get_or_insert(text);
-        }
+        let Frozen { hold, audit, end, doubt, .. } = frozen;
         work.log.add("hold", &hold);
         if let Some((audit, span)) = &audit {
             work.log.add("audit", json!({ "audit": audit, "span": span }));
@@ -406,19 +395,12 @@ impl Run {
         let tracked = track::track(work, process, held, planned, guardian, cells, passes, stalls);
         self.changes.extend(record::stalls_change(&self.stalls_ns));
         self.changes.extend(tracked.tracking.as_ref().map(record::tracking_change));
-        if let Err(Cut::Failed(PassError::NotHeld(error))) = &tracked.end {
-            note_not_freed(error, guardian);
-        }
         if planned.rounds_unheld > 0 {
             let text = "the marks of written pages were cleared with the guest running, as asked: \
                         writes were lost";
             self.disturbances.push(text.to_owned());
         }
         self.warnings.extend(tracked.doubts);
-        self.holders.extend(tracked.holder);
-        if let Some(text) = tracked.not_freed {
-            guardian.not_as_found.get_or_insert(text);
-        }
         self.tracking = tracked.tracking;
         if let Some(hold) = tracked.hold {
             work.log.add("hold", &hold);
@@ -484,7 +466,8 @@ impl Run {
                 for event in &again.events {
                     log.add("event", event);
                 }
-                let disturbances = disturbances(&again, self.last_moment_us(log, began));
+                let until_us = self.last_moment_us(log, began);
+                let disturbances = disturbances(&again.events, &again.run_state, until_us);
                 for text in &disturbances {
                     tell.event(Event::Warning { text: format!("meanwhile {text}") });
                 }
@@ -755,7 +738,7 @@ impl Run {
             tracking: self.tracking,
             changes: self.changes,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
-            processes: processes(&self.parting, &self.holders, &self.sealers),
+            processes: processes(&self.parting, &self.sealers),
             workers: cpus(),
             store_bytes: guarded.store_bytes(),
             warnings: [looked.warnings.clone(), plan.warnings.clone(), self.warnings].concat(),
@@ -776,29 +759,15 @@ impl Run {
     }
 }
 
-/// A thread that the kernel did not let go is no longer as it was found.
-fn note_not_freed(error: &NotHeld, guardian: &mut Guardian) {
-    if let NotHeld::Ptrace(HolderError::NotHeld(why)) = error
-        && why.not_freed
-    {
-        guardian.not_as_found.get_or_insert(why.text.clone());
-    }
-}
-
 /// The rights of every process that took part.
-fn processes(
-    parting: &Parting,
-    holders: &[manifest::Process],
-    sealers: &[manifest::Process],
-) -> Vec<manifest::Process> {
+fn processes(parting: &Parting, sealers: &[manifest::Process]) -> Vec<manifest::Process> {
     let capture = role::own_rights("capture");
-    let others = holders.iter().chain(sealers).cloned();
-    parting.rights.iter().cloned().chain(capture).chain(others).collect()
+    parting.rights.iter().cloned().chain(capture).chain(sealers.iter().cloned()).collect()
 }
 
 /// What happened between the first look and `until_us`, or the last look, that makes the image one of
-/// a machine that did not stay itself.
-fn disturbances(again: &look::Again, until_us: Option<i64>) -> Vec<String> {
+/// a machine that did not stay itself. `events` are in order.
+fn disturbances(events: &[Told], run_state: &str, until_us: Option<i64>) -> Vec<String> {
     let of_event = |name: &str| match name {
         "RESET" => Some("the machine was reset: the image may hold two boots"),
         "SHUTDOWN" => Some("the machine shut down"),
@@ -811,13 +780,17 @@ fn disturbances(again: &look::Again, until_us: Option<i64>) -> Vec<String> {
         (Some(event), Some(until)) => event > until + TELLING_US,
         _ => false,
     };
-    let events = again.events.iter().filter(|event| !later(event));
-    let mut texts: Vec<String> =
-        events.filter_map(|event| of_event(&event.name)).map(str::to_owned).collect();
-    if until_us.is_none()
-        && ["postmigrate", "finish-migrate", "inmigrate"].contains(&again.run_state.as_str())
-    {
-        texts.push(format!("the machine began to migrate: it is {:?}", again.run_state));
+    let mut texts: Vec<String> = events
+        .iter()
+        .filter(|event| !later(event))
+        .filter_map(|event| of_event(&event.name))
+        .map(str::to_owned)
+        .collect();
+    // A machine that migrates is stopped in the end, and QEMU tells of that.
+    let stop = events.iter().rfind(|event| event.name == "STOP");
+    let migrates = ["postmigrate", "finish-migrate", "inmigrate"].contains(&run_state);
+    if migrates && !stop.is_some_and(later) {
+        texts.push(format!("the machine began to migrate: it is {run_state:?}"));
     }
     texts.dedup();
     texts
@@ -836,4 +809,29 @@ pub(crate) fn told(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_after_the_instant_disturbs_nothing() {
+        let told = |name: &str, utc_us| Told { name: name.into(), data: json!(null), utc_us };
+        let seen = |events: &[Told], run_state: &str, until_us| {
+            disturbances(events, run_state, until_us).len()
+        };
+        let reset = [told("RESET", Some(1_000_000))];
+        assert_eq!(seen(&reset, "running", None), 1);
+        assert_eq!(seen(&reset, "running", Some(2_000_000)), 1);
+        assert_eq!(seen(&reset, "running", Some(1_000_000 - TELLING_US)), 1, "told late, perhaps");
+        assert_eq!(seen(&reset, "running", Some(800_000)), 0);
+        assert_eq!(seen(&[told("RESET", None)], "running", Some(1)), 1, "nobody knows when");
+        // Our own stop of the machine says nothing of a migration.
+        let stops = [told("STOP", Some(500_000)), told("RESUME", Some(600_000))];
+        assert_eq!(seen(&stops, "postmigrate", Some(550_000)), 1);
+        let migrated = [&stops[..], &[told("STOP", Some(9_000_000))]].concat();
+        assert_eq!(seen(&migrated, "postmigrate", Some(550_000)), 0);
+        assert_eq!(seen(&migrated, "postmigrate", None), 1);
+    }
 }

@@ -208,8 +208,8 @@ pub struct PlannedHold {
 pub struct PlannedTracking {
     /// Pages are read no sooner after they were seen written, in nanoseconds.
     pub io_horizon_ns: u64,
-    /// How often the marks of written pages are cleared at most.
-    pub clears_at_most: u32,
+    /// The marks of written pages are cleared before the first pass and never again.
+    pub clears_once: bool,
     /// How long clearing them is expected to take, in nanoseconds.
     pub clear_expected_ns: u64,
     /// Locked memory for what is read in the last hold, in bytes.
@@ -415,7 +415,7 @@ fn ways(
 
 /// `freeze`, else `track`, else what is asked for.
 fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choice, Refusal> {
-    let mut remedies = Vec::new();
+    let mut remedies: Vec<String> = Vec::new();
     for (method, why) in [
         (
             Method::Freeze,
@@ -440,7 +440,9 @@ fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choic
             }
             Err(refusal) => {
                 rejected.push(Rejected { method, reason: refusal.reason });
-                remedies.extend(refusal.remedies);
+                let new = refusal.remedies.into_iter().filter(|new| !remedies.contains(new));
+                let new: Vec<String> = new.collect();
+                remedies.extend(new);
             }
         }
     }
@@ -455,22 +457,12 @@ fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choic
             .to_owned(),
     });
     remedies.extend(["--consistency any".to_owned(), "--method live".to_owned()]);
-    let mut seen = Vec::new();
-    remedies.retain(|remedy| {
-        !seen.contains(remedy) && {
-            seen.push(remedy.clone());
-            true
-        }
-    });
     let reason = "no method gives an image of one instant within the stall budget here".to_owned();
     Err(Refusal { reason, rejected, remedies })
 }
 
 /// The least locked memory for the last pass of `track` that is worth trying.
 const LEAST_BUFFER: u64 = 4 << 20;
-
-/// How often `track` clears the marks: more rounds than it ever makes.
-const CLEARS: u32 = 16;
 
 /// What clearing costs in QEMU's process, measured in our own: KVM drops its page tables too.
 const CLEAR_IN_QEMU: u32 = 2;
@@ -542,7 +534,7 @@ fn track(
     let tracking = PlannedTracking {
         io_horizon_ns: nanos(wish.io_horizon),
         // What a thread of the kernel writes between the look and the clearing would be lost.
-        clears_at_most: if facts.hold.vhost_in_kernel { 1 } else { CLEARS },
+        clears_once: facts.hold.vhost_in_kernel,
         clear_expected_ns: nanos(clear),
         buffer_bytes,
         speed,
@@ -965,7 +957,7 @@ mod tests {
         assert!((55_000_000..60_000_000).contains(&hold.expected_ns), "{hold:?}");
         // What is read in 150 ms at 10 GiB/s.
         assert_eq!(tracking.buffer_bytes, (10 << 30) * 150 / 1000);
-        assert_eq!((tracking.io_horizon_ns, tracking.clears_at_most), (1_000_000_000, CLEARS));
+        assert_eq!((tracking.io_horizon_ns, tracking.clears_once), (1_000_000_000, false));
         assert!(plan.changes.iter().any(|change| change.contains("soft-dirty")));
         let freeze = plan.rejected.iter().find(|r| r.method == Method::Freeze).unwrap();
         assert!(freeze.reason.contains("ms"), "{freeze:?}");
@@ -1001,7 +993,7 @@ mod tests {
         // Threads of the kernel write between a look and a clearing: there is one clearing only.
         let vhost = with(HoldFacts { vhost_in_kernel: true, ..tracked().hold });
         let plan = choose(&vhost, &track_by_name(within(900))).unwrap();
-        assert_eq!(plan.tracking.unwrap().clears_at_most, 1);
+        assert!(plan.tracking.unwrap().clears_once);
         assert!(plan.warnings[0].contains("vhost"), "{:?}", plan.warnings);
         // A control gets no class.
         let control = Wish { rounds_unheld: 1, ..track_by_name(within(900)) };

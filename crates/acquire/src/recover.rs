@@ -136,11 +136,11 @@ fn end_holders(path: &Path, left: &Left) -> Option<String> {
     if runs(&first) || Undo::peek(path).held != left.held {
         return None;
     }
-    let third = match left.held {
-        Some(Line::Ptrace { holder, .. }) => holder.and_then(crate::undo::Who::open),
+    let holder = match left.held {
+        Some(Line::Ptrace { holder, .. }) => holder.and_then(undo::Who::open),
         _ => None,
     };
-    for process in [third, first, second].into_iter().flatten() {
+    for process in [holder, first, second].into_iter().flatten() {
         // Gone meanwhile is as well.
         let _ = host::process::end_by_force(&process);
     }

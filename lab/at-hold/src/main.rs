@@ -8,7 +8,7 @@
 //! For the lab, which wants to look at the guest's memory meanwhile with eyes of its own. It is also
 //! what a program that calls the library looks like: events on stdout as with the tool's `--json`,
 //! and each `held` is followed by a line on stdin before anything is read. A line that does not come
-//! is the guardian's to deal with.
+//! ends the hold at its deadline, and this program waits on.
 #![forbid(unsafe_code)]
 
 use acquire::event::Event;

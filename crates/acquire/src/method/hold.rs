@@ -3,10 +3,9 @@
 
 use super::process::Work;
 use crate::guardian::{GRACE, Guardian, GuardianError};
-use crate::holder::{self, Holder, HolderError};
+use crate::holder::{Holder, HolderError};
 use crate::log::Log;
 use crate::undo::Who;
-use evidence::manifest;
 use host::Process;
 use serde_json::json;
 use std::thread;
@@ -60,10 +59,6 @@ pub struct Once<T> {
     pub tries: u32,
     /// What became of the guardian or the holder meanwhile, if one was lost.
     pub doubt: Option<String>,
-    /// A thread that the kernel did not let go.
-    pub not_freed: Option<String>,
-    /// The rights of the process that held.
-    pub holder: manifest::Process,
 }
 
 /// What is said of a guardian that was lost in a hold.
@@ -77,27 +72,35 @@ pub fn doubt(error: GuardianError) -> String {
 ///
 /// # Errors
 /// [`NotHeld`]; `inside` was not called.
-pub fn by_ptrace<T: Send>(
+pub fn by_ptrace<T>(
     work: &Work<'_>,
     process: &Process,
     guardian: &mut Guardian,
     at_most_ns: u64,
     stalls_ns: &mut Vec<u64>,
-    mut inside: impl FnMut(u32, Instant) -> T + Send,
+    mut inside: impl FnMut(u32, Instant) -> T,
 ) -> Result<Once<T>, NotHeld> {
     let mut tries = 1;
     loop {
         let last = tries == TRIES || work.stop.asked();
+        let began = Instant::now();
         match try_ptrace(work.log, process, guardian, at_most_ns, &mut inside) {
             Ok(once) => return Ok(Once { tries, ..once }),
             // Its successor is asked.
             Err(NotHeld::Guardian(GuardianError::Lost(_))) if !last => {}
-            Err(NotHeld::Ptrace(HolderError::NotHeld(why))) if why.stragglers => {
+            Err(NotHeld::Ptrace(HolderError::Lost(why))) if !last => {
+                // Perhaps it held by then, and not longer than it lived.
+                let stall_ns = nanos(began.elapsed());
+                let data = json!({ "try": tries, "why": why.to_string(), "stall_ns": stall_ns });
+                work.log.add("holder-lost", data);
+                stalls_ns.push(stall_ns);
+            }
+            Err(NotHeld::Ptrace(HolderError::Refused(why))) if why.stragglers => {
                 let data = json!({ "try": tries, "why": why.text, "stall_ns": why.stall_ns });
                 work.log.add("hold-given-up", data);
                 stalls_ns.extend(why.stall_ns);
                 if last {
-                    return Err(NotHeld::Stragglers { tries, last: HolderError::NotHeld(why) });
+                    return Err(NotHeld::Stragglers { tries, last: HolderError::Refused(why) });
                 }
                 thread::sleep(PAUSE);
             }
@@ -108,23 +111,24 @@ pub fn by_ptrace<T: Send>(
 }
 
 /// One try, of which the guardian is told.
-fn try_ptrace<T: Send>(
+fn try_ptrace<T>(
     log: &Log,
     process: &Process,
     guardian: &mut Guardian,
     at_most_ns: u64,
-    inside: &mut (impl FnMut(u32, Instant) -> T + Send),
+    inside: &mut impl FnMut(u32, Instant) -> T,
 ) -> Result<Once<T>, NotHeld> {
     let at_most = Duration::from_nanos(at_most_ns);
     let stop_within = (at_most / 2).clamp(Duration::from_millis(5), Duration::from_millis(250));
     let mut holder = Holder::start(Who::of(process))?;
-    let rights = holder.rights.clone();
+    guardian.rights.push(holder.rights.clone());
     let force = host::clock::monotonic_ns() + at_most_ns;
     guardian.arm(force + 2 * nanos(GRACE), holder.who)?;
     let (until, asked_ns) = (Instant::now() + at_most, log.now_ns());
     let threads = match holder.hold(stop_within, at_most, GRACE) {
         Ok(threads) => threads,
         Err(error) => {
+            note_not_freed(&error, guardian);
             guardian.disarm()?;
             return Err(error.into());
         }
@@ -133,30 +137,26 @@ fn try_ptrace<T: Send>(
     let released = holder.release();
     // The guest goes on: whatever the guardian says now changes nothing of that.
     let disarmed = guardian.disarm().err().map(doubt);
-    let lost = released.as_ref().err().map(|error| format!("while the guest was held {error}"));
-    let not_freed = match &released {
-        Err(HolderError::NotHeld(holder::NotHeld { not_freed: true, text, .. })) => {
-            Some(text.clone())
-        }
-        _ => None,
-    };
-    let (began_ns, ended_ns, lasted) = match released {
-        Ok(held) => (log.since_ns(held.began_ns), log.since_ns(held.ended_ns), held.lasted),
+    let (began_ns, ended_ns, lasted, lost) = match released {
+        Ok(held) => (log.since_ns(held.began_ns), log.since_ns(held.ended_ns), held.lasted, None),
         // It went on when its holder ended, nobody can say when.
-        Err(_) => (asked_ns, log.now_ns(), false),
+        Err(error) => {
+            note_not_freed(&error, guardian);
+            let lost = format!("while the guest was held {error}");
+            (asked_ns, log.now_ns(), false, Some(lost))
+        }
     };
     let doubt = disarmed.or(lost);
-    Ok(Once {
-        value,
-        threads,
-        lasted,
-        began_ns,
-        ended_ns,
-        tries: 1,
-        doubt,
-        not_freed,
-        holder: rights,
-    })
+    Ok(Once { value, threads, lasted, began_ns, ended_ns, tries: 1, doubt })
+}
+
+/// A thread that the kernel did not let go is no longer as it was found.
+fn note_not_freed(error: &HolderError, guardian: &mut Guardian) {
+    if let HolderError::Refused(why) = error
+        && why.not_freed
+    {
+        guardian.not_as_found.get_or_insert(why.text.clone());
+    }
 }
 
 pub(super) fn nanos(time: Duration) -> u64 {

@@ -186,10 +186,6 @@ pub struct Frozen {
     pub end: Result<(), Cut<PassError>>,
     /// What became of guardian or holder meanwhile, if one was lost.
     pub doubt: Option<String>,
-    /// A thread that the kernel did not let go.
-    pub not_freed: Option<String>,
-    /// The rights of the process that held by ptrace.
-    pub holder: Option<evidence::manifest::Process>,
     /// QEMU was told to stop the guest: not by ptrace, and not when the VM was found paused.
     pub told_qemu: bool,
 }
@@ -257,8 +253,7 @@ impl Freezer<'_> {
         let span = (once.began_ns, once.ended_ns);
         let mut hold = self.hold(HoldKind::Ptrace, once.threads, once.lasted, span, &once.value);
         hold.tries = once.tries;
-        let frozen = self.frozen(hold, once.value, once.doubt, false);
-        Ok(Frozen { not_freed: once.not_freed, holder: Some(once.holder), ..frozen })
+        Ok(self.frozen(hold, once.value, once.doubt, false))
     }
 
     /// Holds by QEMU's `stop` and `cont`.
@@ -306,8 +301,7 @@ impl Freezer<'_> {
     /// Tells that the guest goes on, and gathers what is known of the hold.
     fn frozen(&self, hold: Hold, inside: Inside, doubt: Option<String>, told_qemu: bool) -> Frozen {
         self.work.observer.event(Event::Released { held_ns: hold.stall_ns() });
-        let Inside { end, audit, .. } = inside;
-        Frozen { hold, audit, end, doubt, told_qemu, not_freed: None, holder: None }
+        Frozen { hold, audit: inside.audit, end: inside.end, doubt, told_qemu }
     }
 
     /// The pass and the audit read: the guest is held.

@@ -18,7 +18,7 @@ use super::hold::{self, NotHeld};
 use super::process::{
     Pass, PassError, Pick, Picks, RELEASE, Work, audit, bit, first, keep_again, page_runs,
 };
-use crate::copy::{self, Cell, Changed, Cut, Item, Scratch};
+use crate::copy::{self, Cell, Changed, Cut, Item, PAGE_BYTES, Scratch};
 use crate::event::Event;
 use crate::guardian::Guardian;
 use crate::plan::{AUDIT_PAGES, HoldKind, PlannedHold, PlannedTracking};
@@ -89,10 +89,6 @@ pub struct Tracked {
     pub tracking: Option<Tracking>,
     /// What became of guardian or holder in a hold, if one was lost.
     pub doubts: Vec<String>,
-    /// A thread that the kernel did not let go.
-    pub not_freed: Option<String>,
-    /// The rights of the process that held the guest last.
-    pub holder: Option<evidence::manifest::Process>,
     /// How it ended.
     pub end: Result<(), Cut<PassError>>,
 }
@@ -272,7 +268,6 @@ pub fn track(
         scratches: Scratch::for_workers(work.workers),
         picks: Picks::new(),
         latency: Latency::default(),
-        clears: 0,
         longest_clear: Duration::ZERO,
         before: None,
         tracked: Tracked {
@@ -280,8 +275,6 @@ pub fn track(
             audit: None,
             tracking: None,
             doubts: Vec::new(),
-            not_freed: None,
-            holder: None,
             end: Ok(()),
         },
     };
@@ -305,7 +298,6 @@ struct Follower<'a> {
     scratches: Vec<Scratch>,
     picks: Picks,
     latency: Latency,
-    clears: u32,
     longest_clear: Duration,
     /// Pages that the round before found.
     before: Option<u64>,
@@ -332,8 +324,7 @@ impl Follower<'_> {
         for round in 1u32.. {
             self.latency.look(guardian);
             if round > self.planned.rounds_unheld {
-                let inside = self.round(&marks, guardian, stalls_ns, round, &mut buffer)?;
-                if inside {
+                if self.round(&marks, guardian, stalls_ns, round, &mut buffer)? {
                     break;
                 }
             } else {
@@ -378,7 +369,6 @@ impl Follower<'_> {
         let t0_ns = self.work.log.now_ns();
         marks.clear().map_err(|e| failed(TrackError::Clear(e)))?;
         let span = Span { t0_ns, t1_ns: self.work.log.now_ns() };
-        self.clears += 1;
         self.longest_clear = self.longest_clear.max(Duration::from_nanos(span.t1_ns - t0_ns));
         Ok(span)
     }
@@ -481,10 +471,6 @@ impl Follower<'_> {
         let once = hold::by_ptrace(work, process, guardian, at_most_ns, stalls_ns, inside)
             .map_err(|error| Cut::Failed(PassError::NotHeld(error)))?;
         self.tracked.doubts.extend(once.doubt);
-        self.tracked.holder = Some(once.holder);
-        if once.not_freed.is_some() {
-            self.tracked.not_freed = once.not_freed;
-        }
         let stall = Span { t0_ns: once.began_ns, t1_ns: once.ended_ns };
         work.observer.event(Event::Released { held_ns: stall.t1_ns - stall.t0_ns });
         let Inside { held_ns, released_ns, scan, found, outcome } = once.value;
@@ -500,7 +486,10 @@ impl Follower<'_> {
         }
         let lasted = once.lasted;
         match outcome? {
-            Outcome::Cleared(_) if !lasted => Err(failed_hold()),
+            // Something ran between the look and the clearing.
+            Outcome::Cleared(_) if !lasted => {
+                Err(Cut::Failed(PassError::NotHeld(NotHeld::NotLasted)))
+            }
             Outcome::Cleared(_) => {
                 self.before = Some(found.pages);
                 self.turn();
@@ -586,7 +575,7 @@ impl Follower<'_> {
         let needed = reading + reading / 4 + release;
         let fits = needed <= left && found.bytes <= buffer_len;
         let clearing = self.longest_clear + self.longest_clear / 4;
-        let may_clear = self.clears < self.planned.clears_at_most
+        let may_clear = !self.planned.clears_once
             && self.longest_clear <= self.at_most()
             && clearing + release <= left;
         // Another round costs the guest a look and a clearing at least.
@@ -763,8 +752,6 @@ impl Follower<'_> {
     }
 }
 
-const PAGE_BYTES: usize = 4096;
-
 /// What the audit may take of a hold, however short that was.
 const LEAST_AUDIT: Duration = Duration::from_millis(10);
 
@@ -792,11 +779,6 @@ fn own_memory(len: usize) -> Result<OwnMemory, Cut<PassError>> {
 
 fn failed(error: TrackError) -> Cut<PassError> {
     Cut::Failed(PassError::Track(error))
-}
-
-/// Something ran between the look and the clearing.
-fn failed_hold() -> Cut<PassError> {
-    Cut::Failed(PassError::NotHeld(NotHeld::NotLasted))
 }
 
 /// Reads the runs of a block that are wanted, one behind the other.
