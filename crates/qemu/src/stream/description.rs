@@ -69,8 +69,7 @@ pub(super) fn find(tail: &[u8], base: u64) -> Result<Described, StreamError> {
         fits.then_some((*eof, json))
     };
     let found = (0..tail.len()).rev().find_map(|eof| ends(&eof));
-    let (eof, json) =
-        found.ok_or(StreamError::NoDescription { at: base + tail.len() as u64 })?;
+    let (eof, json) = found.ok_or(StreamError::NoDescription { at: base + tail.len() as u64 })?;
     let at = base + (tail.len() - json.len()) as u64;
     // serde_json goes 128 levels deep at most.
     let Json { page_size, devices } =

@@ -178,11 +178,7 @@ impl<R: Read> Input<R> {
     }
 
     /// Takes and keeps text of `len` bytes, at most a few KiB.
-    pub(super) fn text(
-        &mut self,
-        len: usize,
-        wanted: &'static str,
-    ) -> Result<String, StreamError> {
+    pub(super) fn text(&mut self, len: usize, wanted: &'static str) -> Result<String, StreamError> {
         let at = self.at;
         let bytes = self.peek(len, wanted)?;
         // QEMU's names are ids and paths: what is not printable is not one of them.
