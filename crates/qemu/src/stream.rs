@@ -195,7 +195,7 @@ pub struct Rest {
     /// The devices that QEMU says are in the stream, early ones first, in the stream's order.
     pub devices: Vec<Device>,
     /// The first place where `devices` and the stream disagree; `None` when every byte behind RAM
-    /// belongs to the device that QEMU says it does. RAM is complete either way.
+    /// belongs to the device that QEMU says it does. Whether all of RAM came the sink knows.
     pub unaccounted: Option<Unaccounted>,
     /// The stream without the records of its pages: byte for byte what QEMU wrote, all sections in
     /// their order, with nothing between the header of a PART or END and its end mark.
@@ -608,7 +608,7 @@ impl Ram {
                 self.current = Some(*found.ok_or_else(|| StreamError::Malformed {
                     at,
                     wanted: "a block of the list",
-                    found: Excerpt::of_bytes(name),
+                    found: input::quoted(name),
                 })?);
             }
             let (block, used) = self

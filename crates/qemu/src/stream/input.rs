@@ -184,7 +184,7 @@ impl<R: Read> Input<R> {
         // QEMU's names are ids and paths: what is not printable is not one of them.
         let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains(char::is_control));
         let Some(text) = text.map(str::to_owned) else {
-            return Err(StreamError::Malformed { at, wanted, found: Excerpt::of_bytes(bytes) });
+            return Err(StreamError::Malformed { at, wanted, found: quoted(bytes) });
         };
         self.keep(len)?;
         Ok(text)
@@ -195,4 +195,9 @@ impl<R: Read> Input<R> {
         let [len] = self.array(wanted)?;
         self.text(len.into(), wanted)
     }
+}
+
+/// Foreign text in quotes, as it may stand in an error.
+pub(super) fn quoted(bytes: &[u8]) -> Excerpt {
+    Excerpt::new(&format!("{:?}", Excerpt::of_bytes(bytes)))
 }
