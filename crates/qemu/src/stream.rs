@@ -283,9 +283,10 @@ pub enum StreamError {
 /// Reads a stream to its end and gives its memory to `sink`.
 ///
 /// At most `limit` bytes are kept of all that is not a page ([`Rest::device_state`]); a machine
-/// with a few devices has some 100 KiB, one with hundreds of CPUs some MiB. Beside them no more than
-/// about as much is allocated for the description of the devices, 1 MiB for a buffer, and the list
-/// of blocks. Deadlines are those of `from`: a read that would block is an error.
+/// with a few devices has some 100 KiB, one with hundreds of CPUs some MiB. Beside them there are a
+/// buffer of 256 KiB and what the lists in [`Rest`] take, which is a few times `limit` at most. No
+/// system call is made but those of `from` and of the allocator. Deadlines are those of `from`: a
+/// read that would block is an error.
 ///
 /// # Errors
 /// [`StreamError`] at the first thing that is not as it should be. What the sink was given until

@@ -220,7 +220,7 @@ fn make_firmware() -> Vec<u8> {
     let mut bytes = vec![0; FIRMWARE];
     let vector = FIRMWARE - 16;
     bytes[vector..vector + JUMP.len()].copy_from_slice(&JUMP);
-    bytes[vector - 32 + 0..][..LOOP.len()].copy_from_slice(&LOOP);
+    bytes[vector - 32..][..LOOP.len()].copy_from_slice(&LOOP);
     bytes
 }
 
