@@ -13,13 +13,14 @@ pub mod monitor;
 pub mod process;
 pub mod qmp;
 pub mod record;
+pub mod stream;
 pub mod verify;
 
 /// A target's name and what it begins with.
 pub type Seeds = (&'static str, fn() -> Vec<Vec<u8>>);
 
 /// The seeds of every target.
-pub const SEEDS: [Seeds; 15] = [
+pub const SEEDS: [Seeds; 16] = [
     ("blocks", record::blocks_seeds),
     ("cmdline", process::cmdline_seeds),
     ("elf", image::elf_seeds),
@@ -33,6 +34,7 @@ pub const SEEDS: [Seeds; 15] = [
     ("notes", image::notes_seeds),
     ("qmp", qmp::seeds),
     ("ramblock", monitor::ramblock_seeds),
+    ("stream", stream::seeds),
     ("sums", record::sums_seeds),
     ("verify", verify::seeds),
 ];

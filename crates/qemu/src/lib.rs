@@ -1,6 +1,6 @@
 //! Everything that a new QEMU may change: its command line, QMP, the texts of its monitor.
 //!
-//! Nothing here reads guest memory. The commands that can be sent are the members of
+//! Nothing here reads guest memory, but for [`stream`], which is sent it. The commands that can be sent are the members of
 //! [`qmp::Command`] and [`qmp::Hmp`], all of them queries, and the two of [`qmp::Change`], which
 //! stop a guest and let it go on.
 //!
@@ -11,6 +11,7 @@
 //! mtree, ramblock, gpa2hva                           (strict parsers of monitor texts)
 //! owner     flat range -> what kind of memory it is
 //! view      qmp -> the guest's memory as QEMU sees it
+//! stream    migration stream -> blocks, pages, devices (hostile input)
 //! ```
 #![forbid(unsafe_code)]
 
@@ -22,6 +23,7 @@ pub mod mtree;
 pub mod owner;
 pub mod qmp;
 pub mod ramblock;
+pub mod stream;
 pub mod text;
 pub mod view;
 
