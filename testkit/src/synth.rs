@@ -324,6 +324,7 @@ fn blank_manifest() -> Result<Manifest> {
         hold: None,
         audit: None,
         tracking: None,
+        snapshot: None,
         case: Case { number: Some("2026-117".into()), ..Case::default() },
         operator: Operator {
             uid: 0,

@@ -46,7 +46,7 @@ impl Check {
 /// All checks, the most basic first.
 pub fn examine() -> Vec<Check> {
     let mut checks = vec![architecture(), rights(), yama(), processes(), ram(), ksm(), swap()];
-    checks.extend([tracking(), sandbox(), left_behind()]);
+    checks.extend([tracking(), protection(), sandbox(), left_behind()]);
     checks.extend(guests());
     checks
 }
@@ -149,6 +149,25 @@ fn tracking() -> Check {
             Verdict::Limited,
             format!("no images by track: {}", crate::told(&error)),
             "a kernel with CONFIG_MEM_SOFT_DIRTY, as Debian's are, and root; else freeze",
+        ),
+    }
+}
+
+fn protection() -> Check {
+    const NAME: &str = "protecting memory from writing";
+    match host::userfault::probe() {
+        Ok(probe) => Check::good(
+            NAME,
+            format!(
+                "userfaultfd works: protecting takes {} ms a GiB, tried out on memory of our own;                  whether QEMU may use it, plan says for each VM",
+                probe.protect_a_gib.as_millis()
+            ),
+        ),
+        Err(error) => Check::bad(
+            NAME,
+            Verdict::Limited,
+            format!("no images by snapshot, as far as we can see: {error}"),
+            "root, or sysctl vm.unprivileged_userfaultfd=1: it lets every user's programs delay the              kernel at chosen places, which exploits use",
         ),
     }
 }

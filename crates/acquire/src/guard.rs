@@ -9,14 +9,16 @@ use crate::record;
 use crate::seal::SealError;
 use crate::stop::Stop;
 use crate::{Ending, Failure, Request, told};
-use evidence::Segments;
 use evidence::exhibit;
 use evidence::format::{Layout, Note};
 use evidence::manifest::FileRecord;
+use evidence::{GuestRange, Segments};
 use host::exhibit_dir::{ExhibitError, NewExhibit};
 use host::{DiskStore, RamStore, Store, StoreError};
 use serde_json::json;
 use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 /// Type of the ELF note that names the record: the first of ours.
@@ -123,7 +125,11 @@ fn reserve(
     let progress = |done_bytes, total_bytes| {
         tell.event(Event::Progress { phase: Phase::Reserve, pass: None, done_bytes, total_bytes });
     };
-    let store = RamStore::reserve(segments, &looked.resident, &limit, progress, || stop.asked())?;
+    let reserve = match plan.method {
+        Method::Snapshot => RamStore::reserve_for_another,
+        _ => RamStore::reserve,
+    };
+    let store = reserve(segments, &looked.resident, &limit, progress, || stop.asked())?;
     if plan.method == Method::Freeze {
         // A page of the store in swap would be waited for while the guest is held.
         store.lock().map_err(|source| StoreError::Os {
@@ -149,14 +155,39 @@ impl Guarded {
     }
 
     /// Faults in what the guest has touched since the store was reserved: shortly before a hold.
+    /// Gives back what is resident now.
     ///
     /// # Errors
     /// The host's; the store's limit.
-    pub fn top_up(&self, looked: &Looked) -> Result<(), StoreError> {
-        let Some(ram) = &self.ram else { return Ok(()) };
+    pub fn top_up(&self, looked: &Looked) -> Result<Vec<GuestRange>, StoreError> {
+        let Some(ram) = &self.ram else { return Ok(Vec::new()) };
         let blocks = evidence::block::cut(&looked.located.map)
             .map_err(|error| StoreError::Layout(error.to_string()))?;
-        ram.extend(&looked.memory.resident(&blocks)?)
+        let resident = looked.memory.resident(&blocks)?;
+        ram.extend(&resident)?;
+        Ok(resident)
+    }
+
+    /// The store's file for the process that writes it, and where memory lies in it.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn open_store(&self) -> io::Result<(OwnedFd, &Segments)> {
+        match &self.ram {
+            Some(ram) => Ok((ram.share_writable()?, ram.segments())),
+            None => Ok((self.file.file().try_clone()?.into(), self.file.segments())),
+        }
+    }
+
+    /// That process has ended, and may have written `written`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn close_store(&mut self, written: &[GuestRange]) -> Result<(), StoreError> {
+        match &mut self.ram {
+            Some(ram) => ram.close(written),
+            None => Ok(()),
+        }
     }
 
     /// Gives the RAM store's memory back: everything in it is in the image.

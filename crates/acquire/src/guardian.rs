@@ -5,10 +5,15 @@
 //! dies or hangs itself, capture kills it and starts another one, which begins by undoing what the
 //! file of [`crate::undo`] says; when both are gone, `stillframe recover` does the same.
 
+mod snapshot;
+
+pub use snapshot::ShotEnd;
+
 use crate::find::Target;
 use crate::log::{Log, Note, Notes};
 use crate::monitor::{AskError, Asked, AskedAgain, Monitor, QUERY, Whom};
 use crate::role::{self, Peer, Role};
+use crate::stall::Watch;
 use crate::undo::{Line, Undo, UndoError, Who};
 use crate::{Failure, plan, told};
 use evidence::manifest;
@@ -19,8 +24,9 @@ use qemu::facts::BlockTimes;
 use qemu::qmp::Change;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use snapshot::Shot;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -59,6 +65,10 @@ enum Ask {
     Stop { until_ns: u64 },
     /// Let it go on.
     Cont,
+    /// Have QEMU take a snapshot; QEMU's end of the socket, the reader's, and its pulse come behind.
+    Snapshot { budget_ns: u64 },
+    /// The stream was read to its end, or nobody wants the rest of it.
+    SnapshotEnd { whole: bool },
     /// Give the monitor to others.
     Leave,
     /// The end.
@@ -86,6 +96,8 @@ enum Reply {
     Stopped(Stopped),
     /// To [`Ask::Cont`].
     Continued(Continued),
+    /// To [`Ask::SnapshotEnd`].
+    Shot(Box<ShotEnd>),
     /// Done.
     Done,
 }
@@ -115,7 +127,7 @@ pub struct Continued {
 /// What was undone of a run that had died.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Undone {
-    /// What it had announced: `ptrace` or `stop`.
+    /// What it had announced: `ptrace`, `stop` or `snapshot`.
     pub held: String,
     /// What was found and done, for people.
     pub text: String,
@@ -151,35 +163,45 @@ pub fn undo(
             held: "ptrace".to_owned(),
             text: "its threads were held by ptrace; the kernel has let them go".to_owned(),
         },
-        _ if target.open().is_none() => Undone {
-            held: "stop".to_owned(),
-            text: "the VM had been stopped, and is gone".to_owned(),
-        },
-        _ => {
-            let (accelerator, confidential) = (String::new(), None);
-            let whom = Whom { name, pid: target.pid, sockets, accelerator, confidential };
-            let monitor = match monitor {
-                Some(monitor) => monitor,
-                None => monitor.insert(Monitor::open(&whom, notes)?),
-            };
-            let found = monitor.run_state()?;
-            let text = if is_stopped(&found) {
-                monitor.change(Change::Cont, CONT)?;
-                let now = monitor.run_state()?;
-                if is_stopped(&now) {
-                    let text = format!("the VM was told to go on, and is still {now:?}");
-                    return Err(AskError::Query(text));
+        line => {
+            let what = if matches!(line, Line::Snapshot { .. }) { "snapshot" } else { "stop" };
+            let text = match target.open() {
+                None => format!("the VM is gone; a {what} of it was announced"),
+                Some(_) => {
+                    let (accelerator, confidential) = (String::new(), None);
+                    let whom = Whom { name, pid: target.pid, sockets, accelerator, confidential };
+                    let monitor = match monitor {
+                        Some(monitor) => monitor,
+                        None => monitor.insert(Monitor::open(&whom, notes)?),
+                    };
+                    match line {
+                        Line::Snapshot { found, resumed, .. } => {
+                            snapshot::put_back(monitor, &found, resumed)?
+                        }
+                        _ => go_on(monitor)?,
+                    }
                 }
-                format!("the VM had been stopped; it was told to go on and is {now:?}")
-            } else {
-                format!("the VM had been stopped, and is {found:?} already")
             };
-            Undone { held: "stop".to_owned(), text }
+            Undone { held: what.to_owned(), text }
         }
     };
     notes.add("undone", json!({ "held": undone.held, "text": undone.text }));
     undo.write(&Line::Free).map_err(unreadable)?;
     Ok(Some(undone))
+}
+
+/// Lets a guest go on that a `stop` of ours stopped.
+fn go_on(monitor: &mut Monitor) -> Result<String, AskError> {
+    let found = monitor.run_state()?;
+    if !is_stopped(&found) {
+        return Ok(format!("the VM had been stopped, and is {found:?} already"));
+    }
+    monitor.change(&Change::Cont, CONT)?;
+    let now = monitor.run_state()?;
+    if is_stopped(&now) {
+        return Err(AskError::Query(format!("the VM was told to go on, and is still {now:?}")));
+    }
+    Ok(format!("the VM had been stopped; it was told to go on and is {now:?}"))
 }
 
 /// The process.
@@ -216,6 +238,8 @@ struct Keeper {
     holder: Option<Process>,
     /// The last hold was ended by us.
     expired: bool,
+    /// A snapshot that QEMU takes, or has taken.
+    shot: Option<Shot>,
 }
 
 impl Keeper {
@@ -267,6 +291,7 @@ impl Keeper {
             held: None,
             holder: None,
             expired: false,
+            shot: None,
         };
         // Whether it is heard or not: what is not undone is undone in the end.
         let _ = keeper.answer(reply);
@@ -281,12 +306,16 @@ impl Keeper {
     /// Answers until capture says goodbye or ends; then everything is undone.
     fn serve(mut self) -> ExitCode {
         loop {
-            let within = self.held.map(|held| until(held.until_ns));
+            let shot = self.shot.as_ref().filter(|shot| !shot.is_over()).map(|_| snapshot::LOOK);
+            let within = self.held.map(|held| until(held.until_ns)).or(shot);
             let fds = [self.channel.as_fd(), self.capture.pidfd()];
             let Ok(ready) = channel::wait(&fds, within) else { break };
             if self.held.is_some_and(|held| monotonic_ns() >= held.until_ns) {
                 self.expire();
                 continue;
+            }
+            if shot.is_some() {
+                self.look_after_shot();
             }
             match ready.as_slice() {
                 [true, _] => {}
@@ -307,6 +336,9 @@ impl Keeper {
             if self.answer(reply).is_err() {
                 break;
             }
+        }
+        if let Some(shot) = &self.shot {
+            shot.cut();
         }
         // While capture lives the file is its claim to the VM.
         let gone = !self.capture.alive();
@@ -336,6 +368,8 @@ impl Keeper {
             }
             Ask::Stop { until_ns } => self.stop(until_ns).map(Reply::Stopped),
             Ask::Cont => self.cont().map(Reply::Continued),
+            Ask::Snapshot { budget_ns } => self.snapshot(budget_ns).map(|()| Reply::Done),
+            Ask::SnapshotEnd { whole } => self.end_snapshot(whole).map(Reply::Shot),
             Ask::Leave => {
                 self.monitor = None;
                 Ok(Reply::Done)
@@ -370,7 +404,7 @@ impl Keeper {
         self.announce(&Line::Stop { until_ns })?;
         let began_ns = monotonic_ns();
         self.held = Some(Held { by_qemu: true, asked: true, until_ns });
-        let stopped = self.monitor()?.change(Change::Stop, until(until_ns));
+        let stopped = self.monitor()?.change(&Change::Stop, until(until_ns));
         let state = stopped.and_then(|()| self.monitor()?.run_state());
         let held_ns = monotonic_ns();
         match state {
@@ -402,7 +436,7 @@ impl Keeper {
         let ended = self.monitor()?.heard(&ENDS_A_HOLD);
         let lasted = stood && found != "running" && !self.expired && !ended;
         if held.asked && is_stopped(&found) {
-            self.monitor()?.change(Change::Cont, CONT)?;
+            self.monitor()?.change(&Change::Cont, CONT)?;
         }
         let run_state = self.monitor()?.run_state()?;
         let ended_ns = monotonic_ns();
@@ -412,6 +446,53 @@ impl Keeper {
             self.announce(&Line::Free)?;
         }
         Ok(Continued { ended_ns, lasted, run_state, as_found })
+    }
+
+    /// Has QEMU take a snapshot.
+    fn snapshot(&mut self, budget_ns: u64) -> Result<(), AskError> {
+        let none = |error: ChannelError| AskError::Query(told(&error));
+        let mut fds = self.channel.receive_fds(3, PROMPT).map_err(none)?.into_iter();
+        let (Some(theirs), Some(ours), Some(pulse)) = (fds.next(), fds.next(), fds.next()) else {
+            return Err(AskError::Query("a descriptor is missing".to_owned()));
+        };
+        // Capture looks too, and sooner.
+        let budget = Duration::from_nanos(budget_ns) + GRACE;
+        let until_ns = monotonic_ns().saturating_add(budget_ns);
+        self.monitor()?;
+        let Some(monitor) = &mut self.monitor else { return Ok(()) };
+        let watch = Watch::new(ours, pulse);
+        let shot = Shot::begin(monitor, &mut self.undo, &theirs, watch, budget, until_ns)?;
+        self.shot = Some(shot);
+        Ok(())
+    }
+
+    fn end_snapshot(&mut self, whole: bool) -> Result<Box<ShotEnd>, AskError> {
+        self.monitor()?;
+        let (Some(monitor), Some(shot)) = (&mut self.monitor, &mut self.shot) else {
+            return Err(AskError::Query("there is no snapshot".to_owned()));
+        };
+        if whole {
+            shot.finish(monitor, &mut self.undo)?;
+        } else if !shot.is_over() {
+            shot.stop(monitor, &mut self.undo, None)?;
+        }
+        let end = shot.end().cloned();
+        end.map(Box::new).ok_or_else(|| AskError::Query("the snapshot goes on".to_owned()))
+    }
+
+    /// Between two questions.
+    fn look_after_shot(&mut self) {
+        let (Some(monitor), Some(shot)) = (&mut self.monitor, &mut self.shot) else {
+            // QEMU could not be asked the last time.
+            let _ = self.monitor();
+            return;
+        };
+        if let Err(error) = shot.tick(monitor, &mut self.undo) {
+            self.notes.add("snapshot", json!({ "error": error.to_string() }));
+            // A connection that failed once is of no use any more, and the next one may work.
+            shot.cut();
+            self.monitor = None;
+        }
     }
 
     /// A hold lasted longer than it may.
@@ -534,10 +615,12 @@ impl Guardian {
             UndoError::File { .. } => refuse(told(&error), "run as root"),
         })?;
         let left = undo.left().map(|left| left.held);
-        if matches!(left, Ok(Some(Line::Stop { .. }))) {
+        if matches!(left, Ok(Some(Line::Stop { .. } | Line::Snapshot { .. }))) {
             // Whoever looks decides: by now the VM may be stopped by somebody else.
             return Err(refuse(
-                "an acquisition that was killed may have left this VM stopped".to_owned(),
+                "an acquisition that was killed may have left this VM stopped, or QEMU's settings \
+                 changed"
+                    .to_owned(),
                 "stillframe recover",
             ));
         }
@@ -657,6 +740,43 @@ impl Guardian {
         }
     }
 
+    /// Has QEMU take a snapshot into the socket whose end for QEMU is `theirs`; the guardian looks at
+    /// `ours`, the reader's end, and at the reader's `pulse`, and breaks the stream when that is not
+    /// read for longer than the stall budget.
+    ///
+    /// # Errors
+    /// [`GuardianError`]: QEMU's settings are as they were.
+    pub fn snapshot(
+        &mut self,
+        budget_ns: u64,
+        theirs: BorrowedFd<'_>,
+        ours: BorrowedFd<'_>,
+        pulse: BorrowedFd<'_>,
+    ) -> Result<(), GuardianError> {
+        let fds = [theirs, ours, pulse];
+        self.ask_with(&Ask::Snapshot { budget_ns }, &fds, LOOK).map(drop)
+    }
+
+    /// The snapshot's stream was read to its end, or nobody wants the rest: gives back what QEMU says
+    /// of it, once its settings are those from before.
+    ///
+    /// # Errors
+    /// [`GuardianError`]; when the guardian was lost, its successor has put the settings back.
+    pub fn end_snapshot(&mut self, whole: bool) -> Result<ShotEnd, GuardianError> {
+        match self.ask(&Ask::SnapshotEnd { whole }, LOOK)? {
+            Reply::Shot(end) => {
+                if is_stopped(&end.run_state) && end.resume_us.is_none() {
+                    self.not_as_found = Some(format!("the VM is {:?}", end.run_state));
+                }
+                if let Some(what) = &end.not_restored {
+                    self.not_as_found = Some(what.clone());
+                }
+                Ok(*end)
+            }
+            other => self.out_of_turn(&other),
+        }
+    }
+
     /// Gives the monitor to others.
     pub fn leave(&mut self) {
         // A lost guardian has no monitor either.
@@ -683,12 +803,25 @@ impl Guardian {
 
     /// Asks, and writes what was done for the answer into the journal.
     fn ask(&mut self, ask: &Ask, within: Duration) -> Result<Reply, GuardianError> {
+        self.ask_with(ask, &[], within)
+    }
+
+    /// As [`Guardian::ask`], with descriptors.
+    fn ask_with(
+        &mut self,
+        ask: &Ask,
+        fds: &[BorrowedFd<'_>],
+        within: Duration,
+    ) -> Result<Reply, GuardianError> {
         if self.alone {
             let lost = ChannelError::Closed;
             return Err(GuardianError::Alone { lost, error: "given up before".to_owned() });
         }
-        let answer: Result<Answer, ChannelError> =
-            self.peer.say(ask, within.min(PROMPT)).and_then(|()| self.peer.hear(within));
+        let said = self.peer.say(ask, within.min(PROMPT)).and_then(|()| match fds {
+            [] => Ok(()),
+            fds => self.peer.channel().send_fds(fds).map_err(ChannelError::Os),
+        });
+        let answer: Result<Answer, ChannelError> = said.and_then(|()| self.peer.hear(within));
         match answer {
             Ok(Answer { notes, reply }) => {
                 self.later.extend(notes);
@@ -730,8 +863,15 @@ impl Guardian {
     fn alone(&mut self, lost: ChannelError, error: String) -> GuardianError {
         self.alone = true;
         let held = self.undo.left().ok().and_then(|left| left.held);
-        if matches!(held, Some(Line::Stop { .. })) {
-            self.not_as_found = Some(format!("the VM may still be stopped: {error}"));
+        match held {
+            Some(Line::Stop { .. }) => {
+                self.not_as_found = Some(format!("the VM may still be stopped: {error}"));
+            }
+            Some(Line::Snapshot { .. }) => {
+                let text = format!("QEMU's settings of migration may not be put back: {error}");
+                self.not_as_found = Some(text);
+            }
+            _ => {}
         }
         GuardianError::Alone { lost, error }
     }

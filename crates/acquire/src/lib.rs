@@ -11,6 +11,7 @@ pub mod event;
 pub mod find;
 pub mod guard;
 pub mod guardian;
+pub mod handed;
 pub mod holder;
 pub mod log;
 pub mod look;
@@ -18,11 +19,13 @@ pub mod map;
 pub mod method;
 pub mod monitor;
 pub mod plan;
+pub mod reader;
 pub mod record;
 pub mod recover;
 pub mod role;
 pub mod seal;
 pub mod speed;
+pub mod stall;
 pub mod stop;
 pub mod undo;
 
@@ -33,9 +36,10 @@ use crate::guardian::{Guardian, GuardianError, Parting};
 use crate::log::Log;
 use crate::look::Looked;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
+use crate::method::snapshot::{self, Samples, Shot, SnapshotError};
 use crate::method::track;
 use crate::monitor::Told;
-use crate::plan::{Plan, PlannedHold, PlannedTracking, Refusal, Wish};
+use crate::plan::{Plan, PlannedHold, PlannedSnapshot, PlannedTracking, Refusal, Wish};
 use crate::record::{Measure, Sealed, Story};
 use crate::seal::process::Sealer;
 use crate::stop::Stop;
@@ -45,6 +49,7 @@ use evidence::manifest::{self, BlocksFile, Class, FileRecord, Image, JournalFile
 use evidence::record::Span;
 use evidence::{GuestRange, PageState};
 use serde_json::json;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 pub use crate::look::{Surveyed, survey};
@@ -200,7 +205,7 @@ pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Do
     let mut guarded = guard::guard(request, &looked, &plan, &log, &began, tell, stop)?; // guard
     let mut run = Run::new(&looked, guarded.refusal.take());
     if run.end.is_none() {
-        run.capture(request, &looked, &plan, &guarded, &mut guardian, &log, tell, stop); // capture
+        run.capture(request, &looked, &plan, &mut guarded, &mut guardian, &log, &began, tell, stop); // capture
     }
     run.map_again(&looked, &mut guardian, &log, &began, tell);
     run.part(guardian, &log, tell);
@@ -237,6 +242,14 @@ struct Run {
     held: Option<Held>,
     /// How the guest was followed.
     tracking: Option<manifest::Tracking>,
+    /// What is known of QEMU's snapshot.
+    snapshot: Option<manifest::Snapshot>,
+    /// Pages of it that were read while they were protected, and when.
+    shot_audit: Option<(manifest::Audit, Span)>,
+    /// State of the devices by the snapshot's stream.
+    device_state: Vec<u8>,
+    /// The rights of the process that read it.
+    readers_rights: Vec<manifest::Process>,
     /// How long tries to hold the guest stalled it in vain, in nanoseconds.
     stalls_ns: Vec<u64>,
     /// What was done to the guest in order to hold it.
@@ -284,6 +297,10 @@ impl Run {
             warnings: Vec::new(),
             held: None,
             tracking: None,
+            snapshot: None,
+            shot_audit: None,
+            device_state: Vec::new(),
+            readers_rights: Vec::new(),
             stalls_ns: Vec::new(),
             changes: Vec::new(),
             parting: Parting::default(),
@@ -297,9 +314,10 @@ impl Run {
         request: &Request,
         looked: &Looked,
         plan: &Plan,
-        guarded: &Guarded,
+        guarded: &mut Guarded,
         guardian: &mut Guardian,
         log: &Log,
+        began: &host::clock::Moment,
         tell: &dyn Observer,
         stop: &Stop,
     ) {
@@ -310,9 +328,10 @@ impl Run {
                 return;
             }
         };
+        let guarded_again = &*guarded;
         let work = Work {
             source: &looked.memory,
-            store: guarded.store(),
+            store: guarded_again.store(),
             log,
             workers: cpus(),
             max_rate: request.max_rate,
@@ -320,11 +339,20 @@ impl Run {
             observer: tell,
         };
         log.add("capture", json!({ "blocks": self.cells.len(), "workers": work.workers }));
-        let result = match (&plan.hold, &plan.tracking) {
-            (Some(held), Some(tracking)) => self.track(&work, looked, held, tracking, guardian),
-            (Some(held), None) => self.freeze(&work, looked, held, guarded, guardian),
-            (None, _) => process::live(&work, &mut self.cells, &mut self.passes),
+        let mut samples = None;
+        let result = match (&plan.hold, &plan.tracking, &plan.snapshot) {
+            (Some(held), Some(tracking), _) => self.track(&work, looked, held, tracking, guardian),
+            (Some(held), None, _) => self.freeze(&work, looked, held, guarded_again, guardian),
+            (None, _, Some(planned)) => {
+                let shot = self.snapshot(&work, looked, began, planned, guarded_again, guardian);
+                shot.and_then(|shot| {
+                    samples = Some(shot.samples);
+                    shot.end
+                })
+            }
+            (None, _, None) => process::live(&work, &mut self.cells, &mut self.passes),
         };
+        let result = result.and(self.close_store(guarded, samples, log));
         for pass in &self.passes {
             log.add(
                 "pass",
@@ -412,6 +440,83 @@ impl Run {
         tracked.end
     }
 
+    /// Has QEMU take a snapshot and reads it.
+    fn snapshot(
+        &mut self,
+        work: &Work<'_>,
+        looked: &Looked,
+        began: &host::clock::Moment,
+        planned: &PlannedSnapshot,
+        guarded: &Guarded,
+        guardian: &mut Guardian,
+    ) -> Result<Shot, Cut<PassError>> {
+        let topped_up = guarded.top_up(looked);
+        if let Err(error) = &topped_up {
+            self.warnings.push(format!(
+                "memory that the guest touched lately was not set aside before the snapshot: {}",
+                told(error)
+            ));
+        }
+        let resident = topped_up.unwrap_or_default();
+        let reserved = if resident.is_empty() { looked.resident.as_slice() } else { &resident };
+        let opened = guarded.open_store().map_err(|cause| {
+            Cut::Failed(PassError::Snapshot(SnapshotError::Make { what: "a descriptor", cause }))
+        });
+        let (file, segments) = opened?;
+        let spare = guarded.ram().map(host::RamStore::spare);
+        let into = snapshot::Into { segments, file: file.as_fd(), reserved, spare };
+        let map = &looked.located.map;
+        let (cells, passes) = (&mut self.cells, &mut self.passes);
+        let mut shot =
+            snapshot::snapshot(work, map, began, planned, &into, guardian, cells, passes);
+        self.readers_rights.extend(shot.rights.take());
+        self.changes.extend(shot.snapshot.as_ref().map(record::snapshot_change));
+        if let Some(snapshot) = &shot.snapshot {
+            work.log.add("snapshot", snapshot);
+            self.warnings.extend(snapshot_doubts(snapshot));
+        }
+        self.snapshot = shot.snapshot.take();
+        self.device_state = std::mem::take(&mut shot.device_state);
+        Ok(shot)
+    }
+
+    /// Nobody else writes the store any more: what was sampled of a snapshot is held against it.
+    fn close_store(
+        &mut self,
+        guarded: &mut Guarded,
+        samples: Option<Samples>,
+        log: &Log,
+    ) -> Result<(), Cut<PassError>> {
+        let Some(samples) = samples else { return Ok(()) };
+        let written: Vec<GuestRange> = self
+            .cells
+            .iter()
+            .filter(|cell| cell.states.contains(&PageState::Data))
+            .map(|cell| cell.block)
+            .collect();
+        let unusable = |error: host::StoreError| {
+            let cause = std::io::Error::other(told(&error));
+            let what = "the end of writing into the store";
+            Cut::Failed(PassError::Snapshot(SnapshotError::Make { what, cause }))
+        };
+        guarded.close_store(&written).map_err(unusable)?;
+        self.shot_audit = samples.audit(&self.cells, guarded.store());
+        match &self.shot_audit {
+            Some((audit, span)) => log.add("audit", json!({ "audit": audit, "span": span })),
+            None => {
+                let text = "no page was seen protected from outside: QEMU was done sooner";
+                self.warnings.push(text.to_owned());
+            }
+        }
+        let differing = self.shot_audit.as_ref().map_or(0, |(audit, _)| audit.differing);
+        if differing > 0 {
+            self.disturbances.push(format!(
+                "{differing} pages that nobody could write were sent otherwise than they were read"
+            ));
+        }
+        Ok(())
+    }
+
     /// Keeps what is known of the hold in which the image was taken.
     fn hold_ended(&mut self, hold: manifest::Hold, audit: Option<(manifest::Audit, Span)>) {
         if audit.as_ref().is_some_and(|(audit, _)| audit.pages == 0) {
@@ -429,7 +534,9 @@ impl Run {
         // A machine that did not stay itself between the looks has no map for the instant. A hold
         // that is void is among the disturbances.
         let same = self.map_difference.is_none() && self.disturbances.is_empty();
-        if self.held.is_some() && whole && same { plan.class } else { Class::None }
+        let stood = self.snapshot.as_ref().is_some_and(|snapshot| snapshot.stop.is_some());
+        let instant = self.held.is_some() || stood;
+        if instant && whole && same { plan.class } else { Class::None }
     }
 
     /// Blocks that no pass reached are losses, not blocks of the image.
@@ -490,9 +597,10 @@ impl Run {
     /// The last moment that the image shows, in microseconds of UTC: what QEMU told of later happened
     /// to another machine than the one in the image. Absent when nothing was held.
     fn last_moment_us(&self, log: &Log, began: &host::clock::Moment) -> Option<i64> {
-        let held = self.held.as_ref()?;
+        let held = self.held.as_ref().map(|held| held.hold.released_ns);
+        let stood = || self.snapshot.as_ref()?.stop.map(|stop| stop.t1_ns);
         let origin_ns = log.since_ns(began.monotonic_ns);
-        host::clock::later_us(began, held.hold.released_ns.saturating_sub(origin_ns))
+        host::clock::later_us(began, held.or_else(stood)?.saturating_sub(origin_ns))
     }
 
     /// The guardian goes, and with it the claim to the VM.
@@ -705,6 +813,12 @@ impl Run {
         if let Some((record, text)) = &self.map_after {
             guarded.write(&record.file, text).map_err(|e| fail(Box::new(e)))?;
         }
+        let mut attachments = Vec::new();
+        if !self.device_state.is_empty() {
+            let state = &self.device_state;
+            guarded.write(exhibit::DEVICE_STATE, state).map_err(|e| fail(Box::new(e)))?;
+            attachments.push(record::file_record(exhibit::DEVICE_STATE, state));
+        }
         log.add("end", json!({ "reason": ending.reason() }));
         let head = log.close().map_err(|e| fail(Box::new(e)))?;
         let whole = ending.is_whole();
@@ -734,11 +848,13 @@ impl Run {
             disturbances: self.disturbances,
             class,
             hold: self.held.as_ref().map(|held| held.hold.clone()),
-            audit: self.held.as_ref().and_then(|held| held.audit.clone()),
+            audit: self.held.as_ref().and_then(|held| held.audit.clone()).or(self.shot_audit),
             tracking: self.tracking,
+            snapshot: self.snapshot,
+            attachments,
             changes: self.changes,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
-            processes: processes(&self.parting, &self.sealers),
+            processes: processes(&self.parting, &[self.readers_rights, self.sealers].concat()),
             workers: cpus(),
             store_bytes: guarded.store_bytes(),
             warnings: [looked.warnings.clone(), plan.warnings.clone(), self.warnings].concat(),
@@ -759,10 +875,30 @@ impl Run {
     }
 }
 
+/// What went otherwise than it should with a snapshot that may be whole all the same.
+fn snapshot_doubts(snapshot: &manifest::Snapshot) -> Vec<String> {
+    let ms = |ns: u64| ns.div_ceil(1_000_000);
+    let mut doubts = Vec::new();
+    let stood = snapshot.stop.map(|stop| stop.t1_ns - stop.t0_ns);
+    if let Some(stood) = stood.filter(|stood| *stood > snapshot.budget_ns) {
+        doubts.push(format!(
+            "QEMU stopped the guest for {} ms; {} ms were expected and {} ms allowed: once begun, the \
+             stop could not be cut short",
+            ms(stood),
+            ms(snapshot.expected_ns),
+            ms(snapshot.budget_ns)
+        ));
+    }
+    if let Some(place) = &snapshot.unaccounted {
+        doubts.push(format!("the devices' state is not as QEMU describes it: {place}"));
+    }
+    doubts
+}
+
 /// The rights of every process that took part.
-fn processes(parting: &Parting, sealers: &[manifest::Process]) -> Vec<manifest::Process> {
+fn processes(parting: &Parting, others: &[manifest::Process]) -> Vec<manifest::Process> {
     let capture = role::own_rights("capture");
-    parting.rights.iter().cloned().chain(capture).chain(sealers.iter().cloned()).collect()
+    parting.rights.iter().cloned().chain(capture).chain(others.iter().cloned()).collect()
 }
 
 /// What happened between the first look and `until_us`, or the last look, that makes the image one of

@@ -5,7 +5,7 @@ use crate::find::{self, Row, Target};
 use crate::log::{Log, Notes};
 use crate::map::{self, Located};
 use crate::monitor::{Asked, AskedAgain, Monitor, Told, VmFacts};
-use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, TrackFacts};
+use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, TrackFacts};
 use crate::{Failure, Request, draft, speed, told};
 use evidence::format::{self, Arch, Format};
 use evidence::map::Mapping;
@@ -116,7 +116,13 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
         })
     })?;
     let resident = memory.resident(&blocks)?;
-    let qemu = FromQemu { vm: &asked.vm, migration: asked.migration, watchdogs: asked.watchdogs };
+    let qemu = FromQemu {
+        vm: &asked.vm,
+        migration: asked.migration,
+        watchdogs: asked.watchdogs,
+        snapshots: asked.snapshots,
+        block_jobs: asked.block_jobs,
+    };
     let facts = facts(request, &target, qemu, &located, &memory, &resident)?;
     log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
     if memory.reads_around_ksm() {
@@ -142,6 +148,8 @@ struct FromQemu<'a> {
     vm: &'a VmFacts,
     migration: Option<String>,
     watchdogs: Vec<String>,
+    snapshots: bool,
+    block_jobs: Vec<String>,
 }
 
 fn facts(
@@ -172,6 +180,7 @@ fn facts(
         watchdogs: qemu.watchdogs,
         hold: hold_facts(target, memory, resident, &usage),
         track: track_facts(memory),
+        snapshot: snapshot_facts(target, located, memory, &usage, qemu.snapshots, qemu.block_jobs),
         max_rate: request.max_rate,
         image_bytes: located.map.imaged_len(),
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
@@ -237,6 +246,56 @@ fn track_facts(memory: &GuestMemory) -> TrackFacts {
             scan_a_gib_ns: nanos(probe.scan_a_gib),
         },
         Err(error) => unfit(told(&error)),
+    }
+}
+
+/// Whether QEMU can take a snapshot of this VM on this host.
+fn snapshot_facts(
+    target: &Target,
+    located: &Located,
+    memory: &GuestMemory,
+    usage: &[Usage],
+    snapshots: bool,
+    block_jobs: Vec<String>,
+) -> SnapshotFacts {
+    let holes = memory.places().iter().zip(usage).filter_map(|(held, usage)| {
+        let shared = matches!(held.mapping(), Mapping::Shared | Mapping::SharedHugetlb);
+        shared.then(|| held.place().range.len().saturating_sub(usage.resident))
+    });
+    let known =
+        SnapshotFacts { shared_hole_bytes: holes.sum(), block_jobs, ..SnapshotFacts::default() };
+    let unfit = |why: String, remedy: Option<&str>| SnapshotFacts {
+        unfit: Some(why),
+        remedy: remedy.map(str::to_owned),
+        ..known.clone()
+    };
+    if !snapshots {
+        return unfit(
+            "this QEMU has no background-snapshot (since 6.0, on Linux)".to_owned(),
+            None,
+        );
+    }
+    if let Some(held) = memory.places().iter().find(|held| held.page_size() >= 1 << 30) {
+        return unfit(format!("{} lies on pages of 1 GiB", held.place().range), None);
+    }
+    let odd = |region: &&evidence::Region| {
+        [region.gpa, region.len, region.block_offset].iter().any(|at| at % evidence::PAGE != 0)
+    };
+    if let Some((region, _)) = located.map.imaged().find(|(region, _)| odd(region)) {
+        return unfit(format!("{:?} does not begin and end with a page", region.name), None);
+    }
+    if !host::userfault::is_allowed_to(&target.process) {
+        let why = "QEMU may not use userfaultfd on this host (vm.unprivileged_userfaultfd is 0, and \
+                   QEMU has no CAP_SYS_PTRACE and cannot open /dev/userfaultfd)";
+        return unfit(why.to_owned(), Some("sysctl vm.unprivileged_userfaultfd=1"));
+    }
+    match host::userfault::probe() {
+        Ok(probe) => SnapshotFacts {
+            protect_a_gib_ns: u64::try_from(probe.protect_a_gib.as_nanos()).unwrap_or(u64::MAX),
+            ..known
+        },
+        // Whether QEMU can, QEMU will say; what it takes is not known.
+        Err(error) => unfit(format!("userfaultfd could not be tried out: {}", told(&error)), None),
     }
 }
 

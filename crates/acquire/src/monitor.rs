@@ -5,11 +5,12 @@
 
 use crate::log::Notes;
 use crate::told;
-use qemu::facts::{BlockTimes, Facts};
-use qemu::qmp::{Change, Exchange};
+use qemu::facts::{BlockTimes, Facts, Migration};
+use qemu::qmp::{Capability, Change, Exchange};
 use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ const ONLY_ONE: Duration = Duration::from_secs(4);
 
 /// How long a query may take. QEMU answers in its main loop, which a slow disk can block.
 pub const QUERY: Duration = Duration::from_secs(10);
+
+/// The capability of QEMU's migration that makes a snapshot of it.
+pub const SNAPSHOT: &str = "background-snapshot";
 
 /// Which VM, and where it may be asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -87,6 +91,10 @@ pub struct Asked {
     pub migration: Option<String>,
     /// Emulated watchdogs, by QEMU's names of their types.
     pub watchdogs: Vec<String>,
+    /// QEMU can take background snapshots.
+    pub snapshots: bool,
+    /// Block jobs under way.
+    pub block_jobs: Vec<String>,
     /// The memory map.
     pub view: Option<GuestView>,
 }
@@ -172,9 +180,12 @@ impl Monitor {
         let (vm, confidential, migration) = self.ask(whom).map_err(query)?;
         let confidential = confidential.or_else(|| whom.confidential.clone());
         let watchdogs = self.facts().watchdogs().map_err(query)?;
+        let capabilities = self.facts().migration_capabilities().map_err(query)?;
+        let snapshots = capabilities.iter().any(|one| one.capability == SNAPSHOT);
+        let block_jobs = self.facts().block_jobs().map_err(query)?;
         let view = if confidential.is_none() { Some(self.view()?) } else { None };
         let skipped = std::mem::take(&mut self.skipped);
-        Ok(Asked { vm, skipped, confidential, migration, watchdogs, view })
+        Ok(Asked { vm, skipped, confidential, migration, watchdogs, snapshots, block_jobs, view })
     }
 
     /// Asks once more, after the last read. Queries only.
@@ -213,8 +224,47 @@ impl Monitor {
     ///
     /// # Errors
     /// [`AskError::Query`]; after a timeout QEMU may still do it.
-    pub fn change(&mut self, change: Change, within: Duration) -> Result<(), AskError> {
+    pub fn change(&mut self, change: &Change, within: Duration) -> Result<(), AskError> {
         self.qmp.change(change, within).map_err(|error| AskError::Query(told(&error)))
+    }
+
+    /// Gives QEMU a copy of `fd` under `name`.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn pass(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), AskError> {
+        self.qmp.pass(name, fd, QUERY).map_err(|error| AskError::Query(told(&error)))
+    }
+
+    /// What QEMU says of its last migration or snapshot.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn migration(&mut self) -> Result<Migration, AskError> {
+        self.facts().migration().map_err(|error| AskError::Query(told(&error)))
+    }
+
+    /// Which of QEMU's settings of migration are set, and its parameters.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn migration_settings(&mut self) -> Result<(Vec<Capability>, Value), AskError> {
+        let mut facts = self.facts();
+        let ask = |error: QmpError| AskError::Query(told(&error));
+        let capabilities = facts.migration_capabilities().map_err(ask)?;
+        Ok((capabilities, facts.migration_parameters().map_err(ask)?))
+    }
+
+    /// How many events QEMU has told until now.
+    pub fn told_so_far(&mut self) -> usize {
+        self.take_events();
+        self.events.len()
+    }
+
+    /// The events behind the first `from`.
+    pub fn told_since(&mut self, from: usize) -> &[Told] {
+        self.take_events();
+        self.events.get(from..).unwrap_or_default()
     }
 
     /// Whether QEMU told of one of these events since the last call of this or of
@@ -257,10 +307,8 @@ impl Monitor {
             run_state: facts.status()?.status,
             monitor,
         };
-        let under_way = ["setup", "active", "device", "pre-switchover", "wait-unplug", "colo"];
-        let migration = facts.migration()?.filter(|status| {
-            under_way.contains(&status.as_str()) || status.starts_with("postcopy")
-        });
+        let migration = facts.migration()?;
+        let migration = migration.status.clone().filter(|_| migration.is_under_way());
         Ok((vm, facts.confidential()?, migration))
     }
 }

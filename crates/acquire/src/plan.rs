@@ -11,8 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// The methods of the design that this version does not have, each with what it would give.
-const NOT_YET: [(Method, &str); 3] = [
-    (Method::Snapshot, "QEMU's own snapshot of one instant, by userfaultfd"),
+const NOT_YET: [(Method, &str); 2] = [
     (Method::Pmemsave, "QEMU's own copy in slices"),
     (Method::Dump, "QEMU's own dump, the guest stopped throughout"),
 ];
@@ -54,6 +53,10 @@ const AUDIT_PAGES_32: u32 = 4096;
 const PTRACE_A_THREAD: Duration = Duration::from_micros(100);
 const PTRACE_ONCE: Duration = Duration::from_millis(3);
 const STOP_ONCE: Duration = Duration::from_millis(20);
+
+/// What QEMU needs for a snapshot while the guest stands, beside protecting its memory: disks are
+/// written out, the devices' state is kept.
+const SNAPSHOT_ONCE: Duration = Duration::from_millis(25);
 
 /// What bringing back a page from swap may take, as planned: a random read of a slow disk.
 const SWAP_PAGE: Duration = Duration::from_micros(200);
@@ -145,6 +148,21 @@ pub struct TrackFacts {
     pub scan_a_gib_ns: u64,
 }
 
+/// What is known of QEMU's background snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SnapshotFacts {
+    /// Why it cannot be taken, if it cannot.
+    pub unfit: Option<String>,
+    /// What would make it possible, if anything would.
+    pub remedy: Option<String>,
+    /// Nanoseconds to protect 1 GiB from writing, tried out on memory of our own.
+    pub protect_a_gib_ns: u64,
+    /// Bytes of shared memory that the host has nothing behind: QEMU gives them memory.
+    pub shared_hole_bytes: u64,
+    /// Block jobs under way.
+    pub block_jobs: Vec<String>,
+}
+
 /// Everything that the decision rests on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Facts {
@@ -160,6 +178,8 @@ pub struct Facts {
     pub hold: HoldFacts,
     /// What is known of tracking written pages.
     pub track: TrackFacts,
+    /// What is known of QEMU's background snapshot.
+    pub snapshot: SnapshotFacts,
     /// The most bytes of guest memory that are read in a second, if the operator set a limit.
     pub max_rate: Option<u64>,
     /// Bytes of guest memory that the image covers.
@@ -220,6 +240,16 @@ pub struct PlannedTracking {
     pub rounds_unheld: u32,
 }
 
+/// QEMU's snapshot, as planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedSnapshot {
+    /// How long the guest is expected to stand, in nanoseconds: disks are written out, the devices'
+    /// state is kept, all memory is protected from writing.
+    pub expected_ns: u64,
+    /// The stall budget in nanoseconds: the stream is broken off when QEMU waits longer for us.
+    pub at_most_ns: u64,
+}
+
 /// What will be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
@@ -241,6 +271,9 @@ pub struct Plan {
     pub hold: Option<PlannedHold>,
     /// How the guest is followed; absent when it is not.
     pub tracking: Option<PlannedTracking>,
+    /// QEMU's snapshot; absent when it takes none.
+    #[serde(default)]
+    pub snapshot: Option<PlannedSnapshot>,
     /// Bytes that the exhibit may need on disk.
     pub output_bytes: u64,
     /// What the run changes on the host or in QEMU.
@@ -289,7 +322,8 @@ fn output_bytes(facts: &Facts) -> u64 {
 pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     refuse_unreadable(facts)?;
     refuse_swap(facts, wish)?;
-    let Choice { method, why, rejected, hold, tracking } = method(facts, wish)?;
+    let Choice { method, why, rejected, way } = method(facts, wish)?;
+    let Way { hold, tracking, snapshot } = way;
     if let Some(reason) = &facts.format_unfit {
         return Err(Refusal::new(reason.clone(), &["--format lime", "--format raw"]));
     }
@@ -308,6 +342,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         class: match method {
             Method::Freeze => Class::Instantaneous,
             Method::Track if wish.rounds_unheld == 0 => Class::QuasiInstantaneous,
+            Method::Snapshot => Class::QuasiInstantaneous,
             _ => Class::None,
         },
         why,
@@ -317,8 +352,9 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         format: wish.format,
         hold,
         tracking,
+        snapshot,
         output_bytes,
-        changes: changes(facts, store, hold, tracking),
+        changes: changes(facts, store, way),
         warnings: warnings(facts, hold),
     })
 }
@@ -369,12 +405,19 @@ struct Choice {
     method: Method,
     why: String,
     rejected: Vec<Rejected>,
+    way: Way,
+}
+
+/// How one instant is come by: all absent when it is not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Way {
     hold: Option<PlannedHold>,
     tracking: Option<PlannedTracking>,
+    snapshot: Option<PlannedSnapshot>,
 }
 
 /// The methods of this version, the one that `auto` likes best first.
-const METHODS: [Method; 3] = [Method::Freeze, Method::Track, Method::Live];
+const METHODS: [Method; 4] = [Method::Freeze, Method::Track, Method::Snapshot, Method::Live];
 
 fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
     let not_yet = NOT_YET.iter().map(|(method, gives)| Rejected {
@@ -385,35 +428,36 @@ fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
     let Some(method) = wish.method else { return auto(facts, wish, rejected) };
     if !METHODS.contains(&method) {
         let reason = format!("the method {} is not in this version", method.word());
-        return Err(Refusal::new(reason, &["--method freeze", "--method track", "--method live"]));
+        let remedies: Vec<String> =
+            METHODS.iter().map(|method| format!("--method {}", method.word())).collect();
+        return Err(Refusal { reason, rejected: Vec::new(), remedies });
     }
-    let (hold, tracking) = ways(facts, wish, method, 1)?;
+    let way = way(facts, wish, method, 1)?;
     let others = METHODS.into_iter().filter(|other| *other != method);
     rejected.extend(others.map(|method| Rejected {
         method,
         reason: "another method was asked for by name".to_owned(),
     }));
     let why = format!("asked for by name: --method {}", method.word());
-    Ok(Choice { method, why, rejected, hold, tracking })
+    Ok(Choice { method, why, rejected, way })
 }
 
 /// How the guest is held and followed by `method`, when `margin` times what is expected is allowed.
-fn ways(
-    facts: &Facts,
-    wish: &Wish,
-    method: Method,
-    margin: u32,
-) -> Result<(Option<PlannedHold>, Option<PlannedTracking>), Refusal> {
+fn way(facts: &Facts, wish: &Wish, method: Method, margin: u32) -> Result<Way, Refusal> {
+    let mut way = Way::default();
     match method {
-        Method::Freeze => Ok((Some(freeze(facts, wish, margin)?), None)),
+        Method::Freeze => way.hold = Some(freeze(facts, wish, margin)?),
         Method::Track => {
-            track(facts, wish, margin).map(|(hold, tracking)| (Some(hold), Some(tracking)))
+            let (hold, tracking) = track(facts, wish, margin)?;
+            (way.hold, way.tracking) = (Some(hold), Some(tracking));
         }
-        _ => Ok((None, None)),
+        Method::Snapshot => way.snapshot = Some(snapshot(facts, wish, margin)?),
+        _ => {}
     }
+    Ok(way)
 }
 
-/// `freeze`, else `track`, else what is asked for.
+/// `freeze`, else `track`, else `snapshot`, else what is asked for.
 fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choice, Refusal> {
     let mut remedies: Vec<String> = Vec::new();
     for (method, why) in [
@@ -427,16 +471,21 @@ fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choic
             "an image of one instant with the least stall: what the guest writes is followed while it \
              runs, and its last hold is expected to be at most half the stall budget",
         ),
+        (
+            Method::Snapshot,
+            "an image of one instant that QEMU takes itself: the guest stands while its memory is \
+             protected from writing, expected to be at most half the stall budget",
+        ),
     ] {
         // A prediction can be off by half and the budget still be kept.
-        match ways(facts, wish, method, 2) {
-            Ok((hold, tracking)) => {
+        match way(facts, wish, method, 2) {
+            Ok(way) => {
                 let later = METHODS.into_iter().skip_while(|other| *other != method).skip(1);
                 rejected.extend(later.map(|other| Rejected {
                     method: other,
                     reason: format!("{} gives one instant within the stall budget", method.word()),
                 }));
-                return Ok(Choice { method, why: why.to_owned(), rejected, hold, tracking });
+                return Ok(Choice { method, why: why.to_owned(), rejected, way });
             }
             Err(refusal) => {
                 rejected.push(Rejected { method, reason: refusal.reason });
@@ -449,7 +498,7 @@ fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choic
     if wish.consistency == Consistency::Any {
         let why = "--consistency any allows a smeared image, and no method gives one instant here";
         let (method, why) = (Method::Live, why.to_owned());
-        return Ok(Choice { method, why, rejected, hold: None, tracking: None });
+        return Ok(Choice { method, why, rejected, way: Way::default() });
     }
     rejected.push(Rejected {
         method: Method::Live,
@@ -500,11 +549,6 @@ fn track(
                       wholly in memory";
         return Err(Refusal::new(reason, &[]));
     };
-    let of_gib = |ns: u64, bytes: u64| {
-        Duration::from_nanos(
-            u64::try_from((u128::from(ns) * u128::from(bytes)) >> 30).unwrap_or(u64::MAX),
-        )
-    };
     let scan = of_gib(facts.track.scan_a_gib_ns, facts.image_bytes) / speed.workers.max(1);
     let clear = of_gib(facts.track.clear_a_gib_ns, facts.resident_bytes) * CLEAR_IN_QEMU;
     let audit = Duration::from_nanos(speed.page_ns) * AUDIT_PAGES_32 / speed.workers.max(1);
@@ -541,6 +585,64 @@ fn track(
         rounds_unheld: wish.rounds_unheld,
     };
     Ok((hold, tracking))
+}
+
+/// What takes `ns` nanoseconds a GiB, for `bytes`.
+fn of_gib(ns: u64, bytes: u64) -> Duration {
+    let total = (u128::from(ns) * u128::from(bytes)) >> 30;
+    Duration::from_nanos(u64::try_from(total).unwrap_or(u64::MAX))
+}
+
+/// QEMU's snapshot, when `margin` times the stop that is expected is allowed.
+fn snapshot(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedSnapshot, Refusal> {
+    let known = &facts.snapshot;
+    if let Some(reason) = &known.unfit {
+        let remedies = known.remedy.iter().cloned().collect();
+        let reason = format!("QEMU cannot take a snapshot: {reason}");
+        return Err(Refusal { reason, rejected: Vec::new(), remedies });
+    }
+    if facts.run_state != "running" {
+        let reason = format!(
+            "QEMU lets the guest go on after a snapshot, and the VM is {:?}: it would not be left so",
+            facts.run_state
+        );
+        return Err(Refusal::new(reason, &["--method freeze"]));
+    }
+    if !facts.hold.writers.is_empty() {
+        let reason = format!(
+            "{} may write guest memory past QEMU's page tables, which a snapshot does not see",
+            facts.hold.writers.join(", ")
+        );
+        return Err(Refusal::new(reason, &[]));
+    }
+    if let Some(job) = known.block_jobs.first() {
+        let reason =
+            format!("a block job is under way ({job}), which a snapshot's stop would disturb");
+        return Err(Refusal::new(reason, &["wait for it to end"]));
+    }
+    if known.shared_hole_bytes > facts.available_bytes / 2 {
+        let reason = format!(
+            "QEMU gives all of the guest's shared memory pages before a snapshot: {} bytes more, and \
+             the host has {} available",
+            known.shared_hole_bytes, facts.available_bytes
+        );
+        return Err(Refusal::new(reason, &["--method freeze", "--method live"]));
+    }
+    let protect = of_gib(known.protect_a_gib_ns, facts.resident_bytes) * CLEAR_IN_QEMU;
+    let expected = SNAPSHOT_ONCE + protect;
+    let allowed = wish.stall_budget;
+    if expected * margin > allowed {
+        let reason = format!(
+            "its stop is expected to be {}{}, and {} is allowed (--stall-budget)",
+            millis(expected),
+            if margin > 1 { ", and twice that must be allowed" } else { "" },
+            millis(allowed),
+        );
+        let wanted = expected.mul_f64(1.2) * margin;
+        let remedies = vec![format!("--stall-budget {}ms", (wanted.as_millis() / 50 + 1) * 50)];
+        return Err(Refusal { reason, rejected: Vec::new(), remedies });
+    }
+    Ok(PlannedSnapshot { expected_ns: nanos(expected), at_most_ns: nanos(allowed) })
 }
 
 /// Locked memory for what is read in the last hold: as much as can be read in it.
@@ -766,13 +868,14 @@ fn store(facts: &Facts, wish: &Wish, method: Method) -> Result<(StoreKind, Strin
     }
 }
 
-fn changes(
-    facts: &Facts,
-    store: StoreKind,
-    hold: Option<PlannedHold>,
-    tracking: Option<PlannedTracking>,
-) -> Vec<String> {
+fn changes(facts: &Facts, store: StoreKind, way: Way) -> Vec<String> {
+    let Way { hold, tracking, snapshot } = way;
     let queries = match hold {
+        _ if snapshot.is_some() => {
+            "QEMU's settings of migration are changed for the time of the snapshot and put back; QEMU \
+             stops the guest and lets it go on, writes its disks out, and tells all its monitors; its \
+             query-migrate tells of this snapshot from then on"
+        }
         Some(PlannedHold { kind: HoldKind::Stop, .. }) if facts.run_state == "running" => {
             "QEMU is told to stop the guest and to let it go on: its clock stands meanwhile, its disks \
              are written out, QEMU tells all its monitors; beside that only queries are sent"
@@ -796,6 +899,14 @@ fn changes(
              takes a page fault"
                 .to_owned(),
         );
+    }
+    if snapshot.is_some() {
+        changes.push(format!(
+            "QEMU looks at every page of the guest first, which fills page tables, and gives {} bytes \
+             of shared memory pages that had none; the guest's first write to each page waits until \
+             QEMU has sent it",
+            facts.snapshot.shared_hole_bytes
+        ));
     }
     if facts.swapped_bytes > 0 {
         changes.push(format!(
@@ -850,6 +961,7 @@ mod tests {
             migration: None,
             watchdogs: Vec::new(),
             track: TrackFacts { unfit: Some("not here".into()), ..TrackFacts::default() },
+            snapshot: SnapshotFacts { unfit: Some("nor that".into()), ..SnapshotFacts::default() },
             hold: HoldFacts {
                 threads: 5,
                 speed: Some(Speed {
@@ -897,7 +1009,7 @@ mod tests {
         let any = Wish { consistency: Consistency::Any, ..Wish::default() };
         let plan = choose(&facts(), &any).unwrap();
         assert_eq!((plan.method, plan.class), (Method::Live, Class::None));
-        assert_eq!(plan.rejected.len(), NOT_YET.len() + 2);
+        assert_eq!(plan.rejected.len(), NOT_YET.len() + 3);
         let freeze = plan.rejected.iter().find(|r| r.method == Method::Freeze).unwrap();
         assert!(freeze.reason.contains("ms"), "{freeze:?}");
     }

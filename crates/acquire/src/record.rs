@@ -91,6 +91,10 @@ pub struct Story<'a> {
     pub audit: Option<(manifest::Audit, Span)>,
     /// How the guest was followed.
     pub tracking: Option<manifest::Tracking>,
+    /// What is known of QEMU's snapshot.
+    pub snapshot: Option<manifest::Snapshot>,
+    /// Files that belong to the exhibit beside image and record.
+    pub attachments: Vec<FileRecord>,
     /// What was done to the guest in order to hold it.
     pub changes: Vec<Change>,
     /// What may weaken the claim of one instant.
@@ -147,6 +151,7 @@ impl Story<'_> {
             hold: self.hold.clone(),
             audit: self.audit.as_ref().map(|(audit, _)| audit.clone()),
             tracking: self.tracking.clone(),
+            snapshot: self.snapshot.clone(),
             case: case(&self.request.case),
             operator: operator(),
             clock: self.clock(),
@@ -167,22 +172,24 @@ impl Story<'_> {
             memory_root,
             blocks,
             journal,
-            attachments: Vec::new(),
+            attachments: self.attachments.clone(),
             footprint: self.footprint(),
             changes_made: self.changes(),
             disturbances: self.disturbances.clone(),
             caveats: self.caveats(),
-            limitations: limitations(self.tracking.is_some()),
+            limitations: limitations(self.tracking.is_some(), !self.attachments.is_empty()),
             warnings: self.warnings.clone(),
         }
     }
 
-    /// The instant that the image shows: the middle of the hold, which bounds it; in UTC the error
+    /// The instant that the image shows: the middle of the hold, or of a snapshot's stop, which bounds it; in UTC the error
     /// of the host's clock comes on top.
     fn tau(&self) -> Option<manifest::Tau> {
-        let hold = self.hold.as_ref().filter(|_| self.class != manifest::Class::None)?;
-        let half = hold.released_ns.saturating_sub(hold.held_ns).div_ceil(2);
-        let mono_ns = hold.held_ns + (hold.released_ns.saturating_sub(hold.held_ns)) / 2;
+        let held = self.hold.as_ref().map(|hold| (hold.held_ns, hold.released_ns));
+        let stood = || self.snapshot.as_ref()?.stop.map(|stop| (stop.t0_ns, stop.t1_ns));
+        let (from, to) = held.or_else(stood).filter(|_| self.class != manifest::Class::None)?;
+        let half = to.saturating_sub(from).div_ceil(2);
+        let mono_ns = from + (to.saturating_sub(from)) / 2;
         // Without an answer, the most that the kernel ever says: 16 s.
         let clock_error = host::clock::sync()
             .map_or(16_000_000_000, |sync| sync.max_error_us.saturating_mul(1000));
@@ -438,6 +445,21 @@ pub fn hold_change(hold: &manifest::Hold, told: bool) -> Option<Change> {
     }
 }
 
+/// What a snapshot changed.
+pub fn snapshot_change(snapshot: &manifest::Snapshot) -> Change {
+    let stood = match snapshot.stop {
+        Some(stop) => format!("for {} ms", (stop.t1_ns - stop.t0_ns).div_ceil(1_000_000)),
+        None => "for a time that is not known".to_owned(),
+    };
+    let settings = if snapshot.restored { "were put back" } else { "may not be as before" };
+    for_one_instant(format!(
+        "QEMU was told to take a background snapshot: it gave each page of the guest an entry in its \
+         page tables, stopped the guest {stood}, its clock with it, wrote its disks out, and let each \
+         page be written again once it had been sent. Its settings of migration {settings}; its \
+         query-migrate tells of this snapshot until the next migration"
+    ))
+}
+
 /// What following the guest changed.
 pub fn tracking_change(tracking: &manifest::Tracking) -> Change {
     let ms = |span: &Span| (span.t1_ns - span.t0_ns).div_ceil(1_000_000);
@@ -489,14 +511,20 @@ fn fault_reason(faults: &Faults) -> String {
     if texts.is_empty() { "the host could not read it".to_owned() } else { texts.join("; ") }
 }
 
-fn limitations(tracked: bool) -> Vec<String> {
+fn limitations(tracked: bool, attached: bool) -> Vec<String> {
+    let registers = if attached {
+        "vCPU registers and device state are in the attachment device-state.bin, as QEMU writes them, \
+         and not in the image."
+    } else {
+        "vCPU registers and device state are not part of this image."
+    };
     let tracked = tracked.then_some(
         "Whether somebody else cleared the kernel's marks of written pages in QEMU's process during \
          the acquisition can only be seen in part.",
     );
     [
         VOLATILE,
-        "vCPU registers and device state are not part of this image.",
+        registers,
         "Memory that the chipset hides under overlays (legacy VGA hole, SMRAM), ROM devices (pflash) \
          and NVDIMMs are not in this image; the map names them where QEMU shows them.",
         "Pages in state hole had no memory behind them on the host; whether the guest never touched \

@@ -117,7 +117,9 @@ fn taken(path: &Path, force: bool) -> Recovered {
 
 fn deadline(held: &Line) -> Option<u64> {
     match held {
-        Line::Ptrace { until_ns, .. } | Line::Stop { until_ns } => Some(*until_ns),
+        Line::Ptrace { until_ns, .. }
+        | Line::Stop { until_ns }
+        | Line::Snapshot { until_ns, .. } => Some(*until_ns),
         Line::Begin { .. } | Line::Free => None,
     }
 }

@@ -1,8 +1,8 @@
 //! The processes of an acquisition and how they are started.
 //!
 //! *capture* is the process that calls [`crate::acquire`]. It starts others, which are this very
-//! executable once more: *guardian* before it asks QEMU anything, a *holder* for each hold by ptrace,
-//! *seal* after the last read.
+//! executable once more: *guardian* before it asks QEMU anything, a *holder* for each hold by ptrace, a
+//! *reader* for a snapshot's stream, *seal* after the last read.
 //! A program that uses this library therefore calls [`take_part`] first thing in `main`.
 //!
 //! A new program and not a fork: nothing that capture has in memory or open is there, and the
@@ -10,6 +10,7 @@
 
 use crate::guardian;
 use crate::holder;
+use crate::reader;
 use crate::seal::process as seal;
 use evidence::manifest;
 use host::Process;
@@ -33,6 +34,8 @@ pub enum Role {
     Guardian,
     /// Stops QEMU's threads by ptrace and lets them go, and can do nothing else.
     Holder,
+    /// Takes the guest's memory out of QEMU's stream, and can do nothing else.
+    Reader,
     /// Hashes and encodes what the guest wrote, and can do nothing else.
     Seal,
 }
@@ -43,6 +46,7 @@ impl Role {
         match self {
             Role::Guardian => "guardian",
             Role::Holder => "holder",
+            Role::Reader => "reader",
             Role::Seal => "seal",
         }
     }
@@ -52,6 +56,7 @@ impl Role {
         match self {
             Role::Guardian => "@guardian",
             Role::Holder => "@holder",
+            Role::Reader => "@reader",
             Role::Seal => "@seal",
         }
     }
@@ -62,7 +67,7 @@ impl Role {
 pub fn take_part() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
     let (first, second) = (args.next()?, args.next());
-    let mut roles = [Role::Guardian, Role::Holder, Role::Seal].into_iter();
+    let mut roles = [Role::Guardian, Role::Holder, Role::Reader, Role::Seal].into_iter();
     let role = roles.find(|role| first == role.argument())?;
     if second.is_some() {
         return None;
@@ -76,6 +81,7 @@ pub fn take_part() -> Option<ExitCode> {
     Some(match role {
         Role::Guardian => guardian::run(channel),
         Role::Holder => holder::run(channel),
+        Role::Reader => reader::run(channel),
         Role::Seal => seal::run(channel),
     })
 }

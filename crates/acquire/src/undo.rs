@@ -7,6 +7,7 @@
 //! announcement was never acted on. The lock is the file's (`flock`), shared by capture and
 //! guardian through one open file: it lasts until both are gone.
 
+use qemu::qmp::Capability;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -76,6 +77,15 @@ pub enum Line {
         /// CLOCK_MONOTONIC in nanoseconds at which `cont` must have been sent.
         until_ns: u64,
     },
+    /// QEMU is about to be told to take a snapshot of a VM that runs.
+    Snapshot {
+        /// The settings of its migration as they were found, and will be again.
+        found: Vec<Capability>,
+        /// The guest has been stopped for it, and has gone on since.
+        resumed: bool,
+        /// CLOCK_MONOTONIC in nanoseconds from which on somebody must have an eye on it.
+        until_ns: u64,
+    },
     /// Nothing is held any more.
     Free,
 }
@@ -108,7 +118,7 @@ impl Left {
                 // A new beginning does not take back what was held before it.
                 Ok(line @ Line::Begin { .. }) => left.begin = Some(line),
                 Ok(Line::Free) => left.held = None,
-                Ok(line @ (Line::Ptrace { .. } | Line::Stop { .. })) => left.held = Some(line),
+                Ok(line) => left.held = Some(line),
                 Err(_) => {}
             }
         }

@@ -176,6 +176,9 @@ pub(crate) enum MethodArg {
     /// What the running guest writes is followed, then it is held for what is left; class
     /// quasi-instantaneous
     Track,
+    /// QEMU stops the guest, protects its memory from writing, lets it go on and sends its memory;
+    /// class quasi-instantaneous
+    Snapshot,
     /// Two whole passes, the guest never held; class none, the smear measured
     Live,
 }
@@ -185,6 +188,7 @@ impl From<MethodArg> for acquire::plan::Method {
         match arg {
             MethodArg::Freeze => Self::Freeze,
             MethodArg::Track => Self::Track,
+            MethodArg::Snapshot => Self::Snapshot,
             MethodArg::Live => Self::Live,
         }
     }

@@ -21,6 +21,8 @@ pub const SUMS: &str = "SHA256SUMS";
 pub const MAP_BEFORE: &str = "map-before.txt";
 /// The same, taken after the last read.
 pub const MAP_AFTER: &str = "map-after.txt";
+/// State of devices and vCPUs at the instant: the stream of a snapshot without its pages.
+pub const DEVICE_STATE: &str = "device-state.bin";
 /// The report, for a browser.
 pub const REPORT_HTML: &str = "report.html";
 /// The report as text.

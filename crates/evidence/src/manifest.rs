@@ -140,11 +140,15 @@ pub struct Manifest {
     pub tau: Option<Tau>,
     /// The last hold of the guest; null when it was never held.
     pub hold: Option<Hold>,
-    /// The audit read inside that hold; null when there was none.
+    /// The audit read inside that hold, or of a snapshot's pages while they were protected from
+    /// writing; null when there was none.
     pub audit: Option<Audit>,
     /// How written pages were tracked while the guest ran; null when they were not.
     #[serde(default)]
     pub tracking: Option<Tracking>,
+    /// What is known of QEMU's snapshot; null for every other method.
+    #[serde(default)]
+    pub snapshot: Option<Snapshot>,
     /// What the examiner says of the case.
     pub case: Case,
     /// Who ran the tool.
@@ -274,7 +278,9 @@ impl Hold {
     }
 }
 
-/// Pages read again while the guest was still held, drawn at random from those that were read.
+/// Pages read again while nothing could change them, drawn at random: those that had been read, while
+/// the guest was still held; of a snapshot, pages that were still protected from writing, held
+/// against what QEMU sent of them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Audit {
@@ -339,11 +345,64 @@ pub struct Round {
     pub read: Option<Span>,
 }
 
+/// QEMU's background snapshot. Times are monotonic nanoseconds since the start of the acquisition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshot {
+    /// QEMU's word for how it ended: `completed`, `failed`, `cancelled`; null when it did not say.
+    pub status: Option<String>,
+    /// From QEMU's event STOP to its event RESUME, by the host's clock: the guest stood, and the
+    /// image shows what its memory was then. Null when QEMU told of no such stop.
+    pub stop: Option<Span>,
+    /// How long the guest stood by QEMU's own word, in milliseconds.
+    pub qemu_downtime_ms: Option<u64>,
+    /// From the command to the end by QEMU's own word, in milliseconds.
+    pub qemu_total_ms: Option<u64>,
+    /// How long the stop was expected to be, in nanoseconds.
+    pub expected_ns: u64,
+    /// The stall budget in nanoseconds.
+    pub budget_ns: u64,
+    /// The longest time for which QEMU's stream lay unread, in nanoseconds, to some milliseconds: a
+    /// guest that wrote to a protected page may have waited so long for us, beside what QEMU takes.
+    pub longest_wait_ns: u64,
+    /// QEMU's settings of migration are those that it had before.
+    pub restored: bool,
+    /// Machine type by the stream; null, as all below, when it was not read to its end.
+    pub machine: Option<String>,
+    /// Bytes of the stream.
+    pub stream_bytes: Option<u64>,
+    /// Pages with bytes in the stream.
+    pub pages: Option<u64>,
+    /// Pages that QEMU found to be zeros.
+    pub zero_pages: Option<u64>,
+    /// Pages of memory that is not in the image, such as video memory that is not mapped.
+    pub other_pages: Option<u64>,
+    /// Devices whose state is in the stream, in its order.
+    pub devices: Vec<SnapshotDevice>,
+    /// The first place where the stream and QEMU's description of it disagree; null when there is
+    /// none.
+    pub unaccounted: Option<String>,
+}
+
+/// A device whose state is in a snapshot's stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotDevice {
+    /// QEMU's name of its section.
+    pub name: String,
+    /// Number among the sections of that name.
+    pub instance: u32,
+    /// Version of its fields; null for devices that QEMU does not describe.
+    pub version: Option<u32>,
+    /// Bytes of its state.
+    pub len: u64,
+}
+
 /// A process of the tool and the rights that it kept, as it read them back from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Process {
-    /// `guardian`, `capture`, `holder` or `seal`.
+    /// `guardian`, `capture`, `holder`, `reader` or `seal`.
     pub role: String,
     /// Its process id.
     pub pid: u32,
@@ -834,9 +893,34 @@ impl Manifest {
         out.unless(!instant || !by_hold || lasted, "hold", "the class needs one that lasted");
         let differs = self.audit.as_ref().is_some_and(|audit| audit.differing > 0);
         out.unless(!instant || !differs, "audit", "a page that differed voids the class");
-        let held = self.hold.is_some();
-        out.unless(held || self.audit.is_none(), "audit", "there was no hold to read in");
+        let still = self.hold.is_some() || self.snapshot.is_some();
+        out.unless(still || self.audit.is_none(), "audit", "there was no hold to read in");
         self.check_tracking(out);
+        self.check_snapshot(out);
+    }
+
+    fn check_snapshot(&self, out: &mut Out) {
+        let instant = self.class != Class::None && self.method == Method::Snapshot;
+        let Some(snapshot) = &self.snapshot else {
+            return out.unless(!instant, "snapshot", "the class of method snapshot needs it");
+        };
+        let own = self.method == Method::Snapshot;
+        out.unless(own, "snapshot", "is of no other method than snapshot");
+        let class = matches!(self.class, Class::None | Class::QuasiInstantaneous);
+        out.unless(class, "class", "of method snapshot is quasi-instantaneous at best");
+        let whole = snapshot.stream_bytes.is_some();
+        out.unless(!instant || whole, "snapshot.stream_bytes", "the class needs the whole stream");
+        let stop = snapshot.stop;
+        out.unless(!instant || stop.is_some(), "snapshot.stop", "the class needs it");
+        let Some(stop) = stop else { return };
+        let ordered = stop.t0_ns <= stop.t1_ns && stop.t1_ns <= self.clock.mono_end_ns;
+        out.unless(ordered, "snapshot.stop", "runs backwards or ends after the record");
+        if let Some(tau) = &self.tau {
+            let inside = (stop.t0_ns..=stop.t1_ns).contains(&tau.mono_ns);
+            out.unless(inside, "tau.mono_ns", "does not lie in the snapshot's stop");
+            let half = stop.t1_ns.saturating_sub(stop.t0_ns) / 2;
+            out.unless(tau.bound_ns >= half, "tau.bound_ns", "is less than half of the stop");
+        }
     }
 
     fn check_tracking(&self, out: &mut Out) {
@@ -1077,6 +1161,7 @@ pub(crate) mod tests {
             hold: None,
             audit: None,
             tracking: None,
+            snapshot: None,
             case: Case { number: Some("2026-117".into()), ..Case::default() },
             operator: Operator {
                 uid: 1000,
@@ -1290,6 +1375,57 @@ pub(crate) mod tests {
         let mut other = freeze();
         other.tracking = track().tracking;
         assert!(other.contradictions().iter().any(|c| c.field == "tracking"));
+    }
+
+    fn snapshot() -> Manifest {
+        let mut manifest = freeze();
+        (manifest.method, manifest.class) = (Method::Snapshot, Class::QuasiInstantaneous);
+        manifest.hold = None;
+        manifest.snapshot = Some(Snapshot {
+            status: Some("completed".into()),
+            stop: Some(Span { t0_ns: 900, t1_ns: 3_100 }),
+            qemu_downtime_ms: Some(1),
+            qemu_total_ms: Some(9),
+            expected_ns: 2_000,
+            budget_ns: 9_000,
+            longest_wait_ns: 10,
+            restored: true,
+            machine: Some("pc-q35-10.0".into()),
+            stream_bytes: Some(5 << 20),
+            pages: Some(700),
+            zero_pages: Some(68),
+            other_pages: Some(0),
+            devices: vec![],
+            unaccounted: None,
+        });
+        manifest
+    }
+
+    #[test]
+    fn contradictions_of_a_snapshot_are_named() {
+        assert_eq!(snapshot().contradictions(), []);
+        type Edit = fn(&mut Manifest, &mut Snapshot);
+        let cases: [(Edit, &str); 5] = [
+            (|_, s| s.stop = None, "snapshot.stop"),
+            (|_, s| s.stream_bytes = None, "snapshot.stream_bytes"),
+            (|_, s| s.stop = Some(Span { t0_ns: 3_000, t1_ns: 3_100 }), "tau.mono_ns"),
+            (|m, _| m.class = Class::Instantaneous, "class"),
+            (|m, _| m.tau.as_mut().unwrap().bound_ns = 1, "tau.bound_ns"),
+        ];
+        for (number, (edit, field)) in cases.into_iter().enumerate() {
+            let mut manifest = snapshot();
+            let mut part = manifest.snapshot.take().unwrap();
+            edit(&mut manifest, &mut part);
+            manifest.snapshot = Some(part);
+            let named: Vec<_> = manifest.contradictions().into_iter().map(|c| c.field).collect();
+            assert!(named.iter().any(|named| named == field), "{number}: {named:?}");
+        }
+        let mut without = snapshot();
+        without.snapshot = None;
+        assert!(without.contradictions().iter().any(|c| c.field == "snapshot"));
+        let mut other = freeze();
+        other.snapshot = snapshot().snapshot;
+        assert!(other.contradictions().iter().any(|c| c.field == "snapshot"));
     }
 
     fn failed() -> Manifest {

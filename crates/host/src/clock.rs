@@ -51,6 +51,14 @@ pub fn later_us(moment: &Moment, ns: u64) -> Option<i64> {
     utc.as_microsecond().checked_add(i64::try_from(ns / 1000).ok()?)
 }
 
+/// The way back from [`later_us`]: CLOCK_MONOTONIC in nanoseconds when UTC was `utc_us`
+/// microseconds since 1970, as far as the clock was not stepped; `None` for a time before the boot.
+pub fn monotonic_at(moment: &Moment, utc_us: i64) -> Option<u64> {
+    let utc: jiff::Timestamp = moment.utc.parse().ok()?;
+    let later_us = i128::from(utc_us) - i128::from(utc.as_microsecond());
+    u64::try_from(i128::from(moment.monotonic_ns) + later_us * 1000).ok()
+}
+
 /// The host's local time minus UTC in seconds, by its own time zone file.
 pub fn local_offset_s() -> i32 {
     jiff::ZonedDateTime::now().offset().seconds()
@@ -108,6 +116,19 @@ mod tests {
         assert_eq!(step_us(&start, &later), Some(2_000_000));
         assert_eq!(step_us(&later, &start), Some(-2_000_000));
         assert_eq!(step_us(&at(0, "yesterday"), &later), None);
+    }
+
+    #[test]
+    fn there_and_back() {
+        let start = Moment {
+            monotonic_ns: 5_000_000_000,
+            utc: "2026-11-22T21:30:00.000000000Z".into(),
+            width_ns: 0,
+        };
+        let later = later_us(&start, 1_500_000).unwrap();
+        assert_eq!(monotonic_at(&start, later), Some(5_001_500_000));
+        assert_eq!(monotonic_at(&start, later - 3_000_000), Some(2_001_500_000));
+        assert_eq!(monotonic_at(&start, 0), None);
     }
 
     #[test]

@@ -77,6 +77,11 @@ impl DiskStore {
         self.direct.is_some() && !self.refused.load(Ordering::Relaxed)
     }
 
+    /// Whether the file has no place but the page cache: tmpfs, memfd.
+    pub fn is_in_memory(&self) -> bool {
+        self.in_memory
+    }
+
     /// Where guest memory lies in the file.
     pub fn segments(&self) -> &Segments {
         &self.segments

@@ -36,6 +36,7 @@ pub mod signals;
 pub mod soft_dirty;
 pub mod source;
 pub mod store;
+pub mod userfault;
 
 pub use disk_store::DiskStore;
 pub use error::HostError;

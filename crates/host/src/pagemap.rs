@@ -37,6 +37,11 @@ impl Entry {
         self.0 >> 55 & 1 == 1
     }
 
+    /// Bit 57: write-protected by userfaultfd: whoever writes it first waits until it is let go.
+    pub fn write_protected(self) -> bool {
+        self.0 >> 57 & 1 == 1
+    }
+
     /// The same entry with the mark cleared.
     #[must_use]
     pub fn without_mark(self) -> Self {

@@ -171,6 +171,8 @@ pub struct RamStore {
     cells: Box<[RwLock<bool>]>,
     /// Bytes that may still be faulted in by `put`.
     spare: AtomicU64,
+    /// Another process may write it: nothing is put, got or lent here.
+    open: bool,
 }
 
 impl RamStore {
@@ -204,6 +206,23 @@ impl RamStore {
     /// [`StoreError::OverLimit`] before anything is taken, [`StoreError::Pressure`],
     /// [`StoreError::Cancelled`] once `cancelled` says so.
     pub fn reserve(
+        segments: Segments,
+        needed: &[GuestRange],
+        limit: &Limit,
+        progress: impl FnMut(u64, u64),
+        cancelled: impl Fn() -> bool,
+    ) -> Result<Self, StoreError> {
+        let mut store = Self::reserve_for_another(segments, needed, limit, progress, cancelled)?;
+        store.close(&[])?;
+        Ok(store)
+    }
+
+    /// The same, for a process that writes it: [`RamStore::share_writable`]. Until
+    /// [`RamStore::close`] nothing can be put, got or lent here.
+    ///
+    /// # Errors
+    /// As [`RamStore::reserve`].
+    pub fn reserve_for_another(
         segments: Segments,
         needed: &[GuestRange],
         limit: &Limit,
@@ -247,12 +266,47 @@ impl RamStore {
         rustix::fs::ftruncate(&memfd, len).map_err(StoreError::os("sizing the store"))?;
         let mapped = Mapped::new(&memfd, index.ok_or_else(too_long)?)
             .map_err(StoreError::os("mapping the store"))?;
-        // From here on the file keeps its length, so that no access can fault, and only our
-        // mapping can write it, so that it may be handed to others for reading.
-        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
+        // From here on the file keeps its length, so that no access can fault.
+        let seals = SealFlags::SHRINK | SealFlags::GROW;
         rustix::fs::fcntl_add_seals(&memfd, seals).map_err(StoreError::os("sealing the store"))?;
         let cells = (0..cells).map(|_| RwLock::new(false)).collect();
-        Ok(Self { segments, memfd, mapped, cells, spare: AtomicU64::new(spare) })
+        Ok(Self { segments, memfd, mapped, cells, spare: AtomicU64::new(spare), open: true })
+    }
+
+    /// From here on only our mapping can write the file, so that it may be handed to others for
+    /// reading. Whoever wrote it until now must have ended: a mapping of theirs could write on.
+    /// `written` is what they may have put outside of what was reserved.
+    ///
+    /// # Errors
+    /// The kernel's; what `written` says lies outside the store.
+    pub fn close(&mut self, written: &[GuestRange]) -> Result<(), StoreError> {
+        if self.open {
+            let seals = SealFlags::FUTURE_WRITE | SealFlags::SEAL;
+            rustix::fs::fcntl_add_seals(&self.memfd, seals)
+                .map_err(StoreError::os("sealing the store"))?;
+        }
+        self.open = false;
+        for run in wanted_cells(&self.segments, written)? {
+            self.fault_in(run).map_err(StoreError::os("faulting the store in"))?;
+        }
+        Ok(())
+    }
+
+    /// The store's file for the process that writes it, by position: offsets are those of the
+    /// segments.
+    ///
+    /// # Errors
+    /// The store is closed; no file descriptors left.
+    pub fn share_writable(&self) -> io::Result<OwnedFd> {
+        if !self.open {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        self.memfd.try_clone()
+    }
+
+    /// Bytes that may still be taken beside what was reserved.
+    pub fn spare(&self) -> u64 {
+        self.spare.load(Ordering::Relaxed)
     }
 
     /// Faults cells in that are not counted against `spare`.
@@ -323,6 +377,10 @@ impl RamStore {
     }
 
     fn position(&self, at: GuestRange, len: usize) -> io::Result<usize> {
+        if self.open {
+            let text = "another process writes the store";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+        }
         let offset = offset_of(&self.segments, at, len)?;
         usize::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
     }
@@ -338,7 +396,8 @@ impl Store for RamStore {
                 *faulted_in = true;
             }
             // SAFETY: every access to this cell holds its lock, for which we have the write
-            // side; other processes cannot write the file (F_SEAL_FUTURE_WRITE).
+            // side; other processes cannot write the file
+            // (F_SEAL_FUTURE_WRITE, seen to by `position`).
             unsafe { self.mapped.copy_in(piece.offset, &bytes[piece.buffer]) }
         }
         Ok(())
@@ -350,7 +409,8 @@ impl Store for RamStore {
             let buf = &mut buf[piece.buffer];
             if *faulted_in {
                 // SAFETY: writers hold the write side of this cell's lock, of which we have the
-                // read side; other processes cannot write the file (F_SEAL_FUTURE_WRITE).
+                // read side; other processes cannot write the file
+                // (F_SEAL_FUTURE_WRITE, seen to by `position`).
                 unsafe { self.mapped.copy_out(piece.offset, buf) }
             } else {
                 // Reading it through the mapping would take memory.

@@ -3,7 +3,7 @@
 //! Shapes are those of QEMU's schema (`qapi/*.json`). Fields that an older QEMU has not are
 //! options; fields that we do not need are not read.
 
-use crate::qmp::{Command, Qmp, QmpError, Version};
+use crate::qmp::{Capability, Command, Qmp, QmpError, Version};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -88,6 +88,32 @@ pub struct BlockTimes {
     pub requests: u64,
     /// How long they took, added up, in nanoseconds.
     pub total_ns: u64,
+}
+
+/// A migration or a snapshot (`query-migrate`); all `None` when there was none yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Migration {
+    /// QEMU's word: `active`, `completed`, `failed` ..
+    pub status: Option<String>,
+    /// How long the guest stood, in milliseconds.
+    pub downtime: Option<u64>,
+    /// From the command to the end, in milliseconds.
+    #[serde(rename = "total-time")]
+    pub total_time: Option<u64>,
+    /// Until the guest was stopped, in milliseconds.
+    #[serde(rename = "setup-time")]
+    pub setup_time: Option<u64>,
+    /// Why it failed.
+    #[serde(rename = "error-desc")]
+    pub error_desc: Option<String>,
+}
+
+impl Migration {
+    /// Whether QEMU is busy with it (`qapi/migration.json`, MigrationStatus).
+    pub fn is_under_way(&self) -> bool {
+        let ended = ["none", "cancelled", "completed", "failed"];
+        self.status.as_deref().is_some_and(|status| !ended.contains(&status))
+    }
 }
 
 /// QEMU's watchdog devices (`hw/watchdog/`); the one in ICH9-LPC aside.
@@ -266,16 +292,42 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// The state of a migration or snapshot (`query-migrate`); `None` when there was none.
+    /// What QEMU says of its last migration or snapshot (`query-migrate`).
     ///
     /// # Errors
     /// As [`Qmp::query`].
-    pub fn migration(&mut self) -> Result<Option<String>, QmpError> {
+    pub fn migration(&mut self) -> Result<Migration, QmpError> {
+        self.query(Command::QueryMigrate)
+    }
+
+    /// All capabilities of migration that this QEMU has, and which are set.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn migration_capabilities(&mut self) -> Result<Vec<Capability>, QmpError> {
+        self.query(Command::QueryMigrateCapabilities)
+    }
+
+    /// All parameters of migration, as QEMU has them.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn migration_parameters(&mut self) -> Result<Value, QmpError> {
+        self.query(Command::QueryMigrateParameters)
+    }
+
+    /// The block jobs under way (mirror, backup, commit ..), each by type and device.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn block_jobs(&mut self) -> Result<Vec<String>, QmpError> {
         #[derive(Deserialize)]
-        struct Migration {
-            status: Option<String>,
+        struct Job {
+            r#type: String,
+            device: String,
         }
-        Ok(self.query::<Migration>(Command::QueryMigrate)?.status)
+        let jobs: Vec<Job> = self.query(Command::QueryBlockJobs)?;
+        Ok(jobs.into_iter().map(|job| format!("{} of {:?}", job.r#type, job.device)).collect())
     }
 
     /// Bytes of RAM that the balloon leaves the guest; `None` without a balloon.

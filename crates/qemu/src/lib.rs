@@ -1,8 +1,8 @@
 //! Everything that a new QEMU may change: its command line, QMP, the texts of its monitor.
 //!
-//! Nothing here reads guest memory, but for [`stream`], which is sent it. The commands that can be sent are the members of
-//! [`qmp::Command`] and [`qmp::Hmp`], all of them queries, and the two of [`qmp::Change`], which
-//! stop a guest and let it go on.
+//! Nothing here reads guest memory, but for [`stream`], which is sent it. The commands that can be
+//! sent are the members of [`qmp::Command`] and [`qmp::Hmp`], all of them queries, and those of
+//! [`qmp::Change`], which stop a guest and let it go on, or have QEMU take a snapshot.
 //!
 //! ```text
 //! cmdline   argv -> name, UUID, RAM, monitors        (no monitor is opened)

@@ -1,7 +1,7 @@
 //! A blocking client for QEMU's monitor protocol, with a deadline on everything.
 //!
-//! Only the members of [`Command`] and [`Hmp`], all of them queries, and of [`Change`] can be sent:
-//! a command that changes a guest has to be added there, where a reviewer sees it.
+//! Only the members of [`Command`] and [`Hmp`], all of them queries, those of [`Change`], and `getfd`
+//! ([`Qmp::pass`]) can be sent: a command that changes a guest has to be added there, where a reviewer sees it.
 //!
 //! The peer is not trusted: the length of a message, the number of events and each wait are
 //! bounded, ids are checked, and after a breach of protocol the connection is not used again.
@@ -9,11 +9,16 @@
 use crate::frame::{FrameError, Framer};
 use crate::text::Excerpt;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use serde::Deserialize;
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType,
+};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -41,6 +46,8 @@ pub enum Command {
     QomList,
     /// `query-balloon`
     QueryBalloon,
+    /// `query-block-jobs`
+    QueryBlockJobs,
     /// `query-blockstats`
     QueryBlockstats,
     /// `query-commands`
@@ -55,6 +62,10 @@ pub enum Command {
     QueryMemorySizeSummary,
     /// `query-migrate`
     QueryMigrate,
+    /// `query-migrate-capabilities`
+    QueryMigrateCapabilities,
+    /// `query-migrate-parameters`
+    QueryMigrateParameters,
     /// `query-name`
     QueryName,
     /// `query-sev`
@@ -80,6 +91,7 @@ impl Command {
             Self::QomGet => "qom-get",
             Self::QomList => "qom-list",
             Self::QueryBalloon => "query-balloon",
+            Self::QueryBlockJobs => "query-block-jobs",
             Self::QueryBlockstats => "query-blockstats",
             Self::QueryCommands => "query-commands",
             Self::QueryCpusFast => "query-cpus-fast",
@@ -87,6 +99,8 @@ impl Command {
             Self::QueryMemoryDevices => "query-memory-devices",
             Self::QueryMemorySizeSummary => "query-memory-size-summary",
             Self::QueryMigrate => "query-migrate",
+            Self::QueryMigrateCapabilities => "query-migrate-capabilities",
+            Self::QueryMigrateParameters => "query-migrate-parameters",
             Self::QueryName => "query-name",
             Self::QuerySev => "query-sev",
             Self::QueryStatus => "query-status",
@@ -98,23 +112,56 @@ impl Command {
     }
 }
 
-/// The commands that change a guest, each with what takes it back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// The commands that change a guest or its QEMU, each with what takes it back.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
     /// `stop`: stops the guest's CPUs and its clock, then flushes its disks. Taken back by `cont`.
     Stop,
-    /// `cont`: only ever for a guest that [`Change::Stop`] stopped.
+    /// `cont`: only ever for a guest that [`Change::Stop`], or a snapshot of ours, stopped.
     Cont,
+    /// `migrate-set-capabilities`: taken back by itself, with what was found before.
+    SetCapabilities(Vec<Capability>),
+    /// `closefd`: takes a [`Qmp::pass`] back that nobody used.
+    CloseFd(String),
+    /// `migrate` to the descriptor that was passed under this name. Only ever with
+    /// `background-snapshot` set: else the guest is left stopped in the end. Taken back by
+    /// `migrate_cancel`.
+    MigrateToFd(String),
+    /// `migrate_cancel`: only ever for a migration that [`Change::MigrateToFd`] began.
+    MigrateCancel,
 }
 
 impl Change {
     /// The command's name on the wire.
-    pub fn word(self) -> &'static str {
+    pub fn word(&self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Cont => "cont",
+            Self::SetCapabilities(_) => "migrate-set-capabilities",
+            Self::CloseFd(_) => "closefd",
+            Self::MigrateToFd(_) => "migrate",
+            Self::MigrateCancel => "migrate_cancel",
         }
     }
+
+    /// The command's arguments.
+    fn arguments(&self) -> Value {
+        match self {
+            Self::Stop | Self::Cont | Self::MigrateCancel => json!({}),
+            Self::SetCapabilities(capabilities) => json!({ "capabilities": capabilities }),
+            Self::CloseFd(name) => json!({ "fdname": name }),
+            Self::MigrateToFd(name) => json!({ "uri": format!("fd:{name}") }),
+        }
+    }
+}
+
+/// A capability of QEMU's migration (`query-migrate-capabilities`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Capability {
+    /// Its name: `background-snapshot`, `events` ..
+    pub capability: String,
+    /// Whether it is set.
+    pub state: bool,
 }
 
 /// The lines of the human monitor that this crate sends. All of them are queries.
@@ -500,8 +547,24 @@ impl Qmp {
     ///
     /// # Errors
     /// As [`Qmp::execute`]; after [`QmpError::Timeout`] QEMU may still carry it out.
-    pub fn change(&mut self, change: Change, timeout: Duration) -> Result<(), QmpError> {
-        self.run(change.word(), json!({}), Deadline::new(timeout)).map(drop)
+    pub fn change(&mut self, change: &Change, timeout: Duration) -> Result<(), QmpError> {
+        self.run(change.word(), change.arguments(), Deadline::new(timeout)).map(drop)
+    }
+
+    /// `getfd`: gives QEMU a copy of `fd` under `name`, which replaces one of that name. Taken back
+    /// by [`Change::CloseFd`], and used up by [`Change::MigrateToFd`].
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`]. A QEMU that is not reached by a socket of its own, as through a proxy,
+    /// says that no descriptor came.
+    pub fn pass(
+        &mut self,
+        name: &str,
+        fd: BorrowedFd<'_>,
+        timeout: Duration,
+    ) -> Result<(), QmpError> {
+        let arguments = json!({ "fdname": name });
+        self.run_with("getfd", arguments, Some(fd), Deadline::new(timeout)).map(drop)
     }
 
     /// As [`Qmp::execute`], with the answer in the shape `T`.
@@ -568,7 +631,18 @@ impl Qmp {
         arguments: Value,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
-        let result = self.exchange(command, &arguments, deadline);
+        self.run_with(command, arguments, None, deadline)
+    }
+
+    /// As [`Qmp::run`]; `fd` goes with the command's first byte.
+    fn run_with(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Deadline,
+    ) -> Result<Value, QmpError> {
+        let result = self.exchange(command, &arguments, fd, deadline);
         let finished = Instant::now();
         if let Some(transcript) = &mut self.transcript {
             transcript(&Exchange {
@@ -587,6 +661,7 @@ impl Qmp {
         &mut self,
         doing: &'static str,
         arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
         if !self.usable {
@@ -597,7 +672,7 @@ impl Qmp {
         let mut line =
             json!({ "execute": doing, "arguments": arguments, "id": id }).to_string().into_bytes();
         line.push(b'\n');
-        let sent = self.send(doing, &line, deadline);
+        let sent = self.send(doing, &line, fd, deadline);
         self.poison(sent)?;
         loop {
             let message = match self.receive(doing, deadline) {
@@ -660,6 +735,7 @@ impl Qmp {
         &mut self,
         doing: &'static str,
         line: &[u8],
+        mut fd: Option<BorrowedFd<'_>>,
         deadline: Deadline,
     ) -> Result<(), QmpError> {
         let mut rest = line;
@@ -668,9 +744,13 @@ impl Qmp {
             let Some(left) = deadline.left() else { return Err(timeout) };
             let io = |source| QmpError::Io { doing, source };
             self.stream.set_write_timeout(Some(left)).map_err(io)?;
-            match self.stream.write(rest) {
+            let sent = match fd {
+                Some(fd) => send_with(&self.stream, rest, fd),
+                None => self.stream.write(rest),
+            };
+            match sent {
                 Ok(0) => return Err(QmpError::Closed { doing }),
-                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Ok(n) => (rest, fd) = (rest.get(n..).unwrap_or_default(), None),
                 Err(error) => match error.kind() {
                     io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
                     io::ErrorKind::BrokenPipe => return Err(QmpError::Closed { doing }),
@@ -718,6 +798,18 @@ impl Qmp {
             }
         }
     }
+}
+
+/// Sends some of `bytes`, and `fd` with the first.
+fn send_with(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd];
+    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let pieces = [IoSlice::new(bytes)];
+    Ok(rustix::net::sendmsg(stream, &pieces, &mut control, SendFlags::NOSIGNAL)?)
 }
 
 /// Who listens on the socket at `path`, without a word to them. A monitor that has no client takes

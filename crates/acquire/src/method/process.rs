@@ -53,6 +53,9 @@ pub enum PassError {
     /// The guest could not be followed.
     #[error(transparent)]
     Track(super::track::TrackError),
+    /// QEMU gave no snapshot.
+    #[error(transparent)]
+    Snapshot(super::snapshot::SnapshotError),
 }
 
 /// One pass that was made.
@@ -356,7 +359,7 @@ impl Picks {
     }
 
     /// A number below `end`, which is not 0.
-    fn below(&mut self, end: usize) -> usize {
+    pub(super) fn below(&mut self, end: usize) -> usize {
         index(self.next() % (end.max(1) as u64))
     }
 

@@ -8,15 +8,16 @@
 
 use crate::copy::{Cell, Cut, Scratch, Setting};
 use crate::event::{Event, Observer, Phase};
+use crate::handed::{NOBODY, Where, segments, wheres};
 use crate::role::{self, Peer, Role};
 use crate::seal::table::Table;
 use crate::seal::{self, Image, SealError, Slot};
 use crate::stop::Stop;
 use crate::told;
+use evidence::GuestRange;
 use evidence::digest::Digest;
 use evidence::manifest;
 use evidence::state::Run;
-use evidence::{GuestRange, Segment, Segments};
 use host::channel::{self, Channel, ChannelError};
 use host::{DiskStore, RamStore, SharedStore};
 use serde::{Deserialize, Serialize};
@@ -38,9 +39,6 @@ const SILENT: Duration = Duration::from_secs(30);
 
 /// How often capture looks whether the operator wants an end.
 const LOOK: Duration = Duration::from_millis(50);
-
-/// Where a range of guest memory lies in a file.
-type Where = (u64, u64, u64);
 
 /// What capture says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -204,9 +202,6 @@ fn listen(mut reader: Channel, stop: Stop) -> std::io::Result<std::sync::mpsc::I
     Ok(receiver.into_iter())
 }
 
-/// `nobody`, on every Linux.
-const NOBODY: u32 = 65534;
-
 impl Work {
     fn blocks(&self) -> Result<(), Cut<SealError>> {
         let mut slots = self.open_slots().map_err(|e| Cut::Failed(SealError::Table(e)))?;
@@ -244,18 +239,6 @@ impl Work {
         }
         Ok(slots)
     }
-}
-
-fn wheres(segments: &Segments) -> Vec<Where> {
-    segments.list().iter().map(|s| (s.range.start(), s.range.len(), s.offset)).collect()
-}
-
-fn segments(wheres: &[Where]) -> Result<Segments, String> {
-    let list: Option<Vec<Segment>> = wheres
-        .iter()
-        .map(|&(start, len, offset)| Some(Segment { range: GuestRange::new(start, len)?, offset }))
-        .collect();
-    Segments::new(list.ok_or("a segment is none")?).map_err(|error| error.to_string())
 }
 
 /// The process that seals, as capture has it.

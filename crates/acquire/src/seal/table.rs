@@ -126,6 +126,12 @@ impl Table {
         broken
     }
 
+    /// An entry for `cell`, of which nothing is known.
+    pub fn unsealed(cell: &Cell) -> Entry {
+        let states = cell.states.to_vec();
+        Entry { block: cell.block, states, digest: Digest::ZERO, sealed: false }
+    }
+
     /// Entry `number`.
     ///
     /// # Errors

@@ -42,6 +42,9 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
         format!("method   {}: {}", plan.method.word(), plan.why),
         format!("class    {}", plan.class.word()),
         match &plan.hold {
+            None if plan.snapshot.is_some() => {
+                "hold     none by us: QEMU stops the guest".to_owned()
+            }
             None => "hold     none: the guest is never stopped".to_owned(),
             Some(hold) => format!(
                 "hold     by {}, {} expected, {} at most",
@@ -58,6 +61,15 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
                 time(tracking.clear_expected_ns),
                 time(tracking.io_horizon_ns),
                 size(tracking.buffer_bytes)
+            ),
+        },
+        match &plan.snapshot {
+            None => "snapshot none: no setting of QEMU's is changed".to_owned(),
+            Some(snapshot) => format!(
+                "snapshot the guest stands for {} as expected, until its memory is protected; QEMU waits \
+                 for us {} at most",
+                time(snapshot.expected_ns),
+                time(snapshot.at_most_ns)
             ),
         },
         format!(

@@ -1,0 +1,473 @@
+//! The reader: takes the guest's memory out of QEMU's migration stream and puts it into the store,
+//! and can do nothing else. One for each snapshot.
+//!
+//! The stream is as hostile as the guest: so it is parsed by a process that has no rights, cannot
+//! open a file, and holds nothing but the socket, the store and three files that capture looks
+//! into: the [`Table`] of what is there, the devices' state, and its pulse ([`crate::stall`]).
+//!
+//! QEMU waits while the socket is full, and the guest may wait with it: what goes to a disk goes
+//! through a queue in memory, and a thread of its own writes.
+
+use crate::handed::{NOBODY, Where, segments};
+use crate::role::{self, Peer, Role};
+use crate::seal::table::{Entry, Table};
+use crate::stall;
+use crate::told;
+use evidence::digest::Digest;
+use evidence::manifest::{self, SnapshotDevice};
+use evidence::state::pages;
+use evidence::{GuestRange, PAGE, PageState};
+use host::channel::{self, Channel, ChannelError};
+use host::clock::monotonic_ns;
+use host::{DiskStore, Store};
+use qemu::stream::{self, Sink, VirtioMem};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// How long a message may take.
+const PROMPT: Duration = Duration::from_secs(10);
+
+/// Bytes of device state that are kept at most: one with hundreds of vCPUs has some MiB.
+pub const DEVICE_STATE: usize = 64 << 20;
+
+/// Pieces of memory, of a block each at most, that may wait for the disk.
+const QUEUE: usize = 128;
+
+/// What capture says.
+#[derive(Debug, Serialize, Deserialize)]
+enum Ask {
+    /// The only message; behind it come the stream, the store, the table, and the two files.
+    Begin(Begin),
+}
+
+/// What the reader has to know.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Begin {
+    /// Where memory lies in the store.
+    pub store: Vec<Where>,
+    /// Where QEMU's blocks lie in the guest's memory.
+    pub places: Vec<Place>,
+    /// Memory that the store has room for: start and length, ascending.
+    pub reserved: Vec<(u64, u64)>,
+    /// Bytes that may be put beside that; `None`: as much as there is.
+    pub spare: Option<u64>,
+}
+
+/// Where a part of one of QEMU's blocks lies in the guest's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// QEMU's name of the block.
+    pub block: String,
+    /// Offset in the block, in bytes.
+    pub offset: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Said {
+    /// Begun, with these rights.
+    Begun(manifest::Process),
+    /// The stream is over.
+    Ended(Result<Box<Whole>, String>),
+}
+
+/// A stream that was read to its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Whole {
+    /// Bytes.
+    pub len: u64,
+    /// QEMU's machine type.
+    pub machine: String,
+    /// Pages with bytes.
+    pub pages: u64,
+    /// Pages of zeros.
+    pub zero_pages: u64,
+    /// Pages of memory that is at no place.
+    pub other_pages: u64,
+    /// The devices.
+    pub devices: Vec<SnapshotDevice>,
+    /// Where description and stream disagree.
+    pub unaccounted: Option<String>,
+    /// Bytes of the devices' state, in their file.
+    pub device_state: u64,
+    /// When the first bytes came, by CLOCK_MONOTONIC in nanoseconds.
+    pub first_ns: u64,
+    /// When the last came.
+    pub last_ns: u64,
+}
+
+/// The process.
+pub fn run(channel: Channel) -> ExitCode {
+    match serve(channel) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stillframe: reader: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(mut channel: Channel) -> Result<(), String> {
+    let Ask::Begin(begin) = role::hear(&mut channel, PROMPT).map_err(|e| e.to_string())?;
+    let mut fds = channel.receive_fds(FILES, PROMPT).map_err(|e| e.to_string())?.into_iter();
+    let mut next = || fds.next().ok_or_else(|| "a file is missing".to_owned());
+    let (stream, store, table, state, pulse) = (next()?, next()?, next()?, next()?, next()?);
+    // Opened for direct I/O while files can be opened.
+    let store = DiskStore::new(File::from(store), segments(&begin.store)?).map_err(|e| told(&e))?;
+    let in_force = host::sandbox::seal(Some(NOBODY)).map_err(|e| told(&e))?;
+    // From here on there is nothing that this process could do to anybody.
+    let rights = role::rights(Role::Reader.word(), std::process::id(), &in_force);
+    let listener = channel.try_clone().map_err(|e| told(&e))?;
+    end_with_capture(listener).map_err(|e| told(&e))?;
+    role::say(&mut channel, &Said::Begun(rights), PROMPT).map_err(|e| e.to_string())?;
+    let pulse = Pulsed { stream: File::from(stream), pulse: File::from(pulse), count: 0, at: None };
+    let ended = take(&begin, pulse, store, Table::new(File::from(table)), &File::from(state));
+    role::say(&mut channel, &Said::Ended(ended.map(Box::new)), PROMPT).map_err(|e| e.to_string())
+}
+
+/// Files that come with the first message.
+const FILES: usize = 5;
+
+/// Ends this process when capture is gone: nobody wants the rest, and QEMU must not wait for it.
+fn end_with_capture(channel: Channel) -> io::Result<()> {
+    let listen = move || {
+        // Capture says nothing more: what comes is its end.
+        let _ = channel::wait(&[channel.as_fd()], None);
+        std::process::exit(1);
+    };
+    thread::Builder::new().name("listen".to_owned()).spawn(listen).map(drop)
+}
+
+/// Takes all of the stream.
+fn take(
+    begin: &Begin,
+    mut stream: Pulsed,
+    store: DiskStore,
+    table: Table,
+    state: &File,
+) -> Result<Whole, String> {
+    let mut taker = Taker::new(begin, store, table).map_err(|e| told(&e))?;
+    let read = stream::read(&mut stream, &mut taker, DEVICE_STATE);
+    let discarded = read.as_ref().map(|rest| rest.virtio_mem.as_slice()).unwrap_or_default();
+    // What came is kept, whatever ended it.
+    let kept = taker.finish(discarded);
+    let rest = read.map_err(|error| told(&error))?;
+    let other_pages = kept.map_err(|e| told(&e))?;
+    state.write_all_at(&rest.device_state, 0).map_err(|e| told(&e))?;
+    let (first_ns, last_ns) = stream.at.unwrap_or_default();
+    let devices = rest.devices.into_iter().map(|device| SnapshotDevice {
+        name: device.name,
+        instance: device.instance,
+        version: device.version,
+        len: device.len,
+    });
+    Ok(Whole {
+        len: rest.len,
+        machine: rest.machine,
+        pages: rest.pages,
+        zero_pages: rest.zero_pages,
+        other_pages,
+        devices: devices.collect(),
+        unaccounted: rest.unaccounted.map(|place| place.to_string()),
+        device_state: rest.device_state.len() as u64,
+        first_ns,
+        last_ns,
+    })
+}
+
+/// The stream, whose bytes are counted.
+struct Pulsed {
+    stream: File,
+    pulse: File,
+    count: u64,
+    /// When the first bytes came, and the last.
+    at: Option<(u64, u64)>,
+}
+
+impl Read for Pulsed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.stream.read(buffer)?;
+        let now = monotonic_ns();
+        self.at = Some((self.at.map_or(now, |(first, _)| first), now));
+        self.count += read as u64;
+        stall::beat(&self.pulse, self.count)?;
+        Ok(read)
+    }
+}
+
+/// Neighbouring pages that have come and are not in the store yet.
+struct Run {
+    cell: usize,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+/// What a thread of its own writes: a run, and the entry that is true once it is written.
+type Job = (GuestRange, Vec<u8>, u64, Entry);
+
+/// Takes pages, and brings them into the store run by run.
+struct Taker {
+    /// Places by the stream's number of their block; known once that has come.
+    by_block: Vec<Vec<Place>>,
+    places: Vec<Place>,
+    entries: Vec<Entry>,
+    reserved: Vec<GuestRange>,
+    spare: Option<u64>,
+    run: Option<Run>,
+    other_pages: u64,
+    out: Out,
+}
+
+/// The way into the store and the table.
+enum Out {
+    /// Memory: at once.
+    Here(DiskStore, Table),
+    /// A disk: by a thread.
+    Queue(SyncSender<Job>, JoinHandle<io::Result<Table>>),
+}
+
+impl Taker {
+    fn new(begin: &Begin, store: DiskStore, table: Table) -> io::Result<Self> {
+        let mut entries = Vec::new();
+        for number in 0..table.count()? {
+            let entry = table.get(number)?;
+            // Until its page has come.
+            let states = vec![PageState::Unreadable; entry.states.len()];
+            // To capture this says that the entry is the reader's.
+            entries.push(Entry { digest: Digest::ZERO, sealed: true, states, ..entry });
+        }
+        let out = if store.is_in_memory() {
+            Out::Here(store, table)
+        } else {
+            let (sender, jobs) = sync_channel(QUEUE);
+            let work = move || write_all(&jobs, &store, table);
+            Out::Queue(sender, thread::Builder::new().name("write".to_owned()).spawn(work)?)
+        };
+        let ranges = begin.reserved.iter().filter_map(|&(start, len)| GuestRange::new(start, len));
+        Ok(Self {
+            by_block: Vec::new(),
+            places: begin.places.clone(),
+            entries,
+            reserved: ranges.collect(),
+            spare: begin.spare,
+            run: None,
+            other_pages: 0,
+            out,
+        })
+    }
+
+    /// Takes the page at `gpa`, `bytes` of data or zeros.
+    fn page_at(&mut self, gpa: u64, bytes: Option<&[u8]>) -> io::Result<()> {
+        let unknown = || invalid(format!("a page at {gpa:#x} is of no block of the image"));
+        let cell = self.entries.partition_point(|entry| entry.block.end() <= gpa);
+        let entry = self.entries.get_mut(cell).filter(|entry| entry.block.start() <= gpa);
+        let entry = entry.ok_or_else(unknown)?;
+        let page = evidence::block::index((gpa - entry.block.start()) / PAGE);
+        let state = entry.states.get_mut(page).ok_or_else(unknown)?;
+        if *state != PageState::Unreadable {
+            return Err(invalid(format!("the page at {gpa:#x} came twice")));
+        }
+        let Some(bytes) = bytes else {
+            *state = PageState::Zero;
+            return Ok(());
+        };
+        // A block may end inside its last page.
+        let len = usize::try_from(entry.block.end() - gpa).unwrap_or(usize::MAX).min(bytes.len());
+        let bytes = bytes.get(..len).unwrap_or_default();
+        let follows = self
+            .run
+            .as_ref()
+            .is_some_and(|run| run.cell == cell && run.start + run.bytes.len() as u64 == gpa);
+        if !follows {
+            self.flush()?;
+        }
+        self.count(gpa)?;
+        if let Some(state) = self.entries.get_mut(cell).and_then(|e| e.states.get_mut(page)) {
+            *state = PageState::Data;
+        }
+        let new = || Run { cell, start: gpa, bytes: Vec::new() };
+        self.run.get_or_insert_with(new).bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// A page that no room was made for needs what is to spare.
+    fn count(&mut self, gpa: u64) -> io::Result<()> {
+        let Some(spare) = self.spare else { return Ok(()) };
+        let at = self.reserved.partition_point(|range| range.end() <= gpa);
+        if self.reserved.get(at).is_some_and(|range| range.start() <= gpa) {
+            return Ok(());
+        }
+        let text = "the RAM store's limit is used up";
+        let left = spare.checked_sub(PAGE);
+        self.spare = Some(left.ok_or_else(|| io::Error::new(io::ErrorKind::OutOfMemory, text))?);
+        Ok(())
+    }
+
+    /// Brings the run into the store, and then its block's entry into the table.
+    fn flush(&mut self) -> io::Result<()> {
+        let Some(Run { cell, start, bytes }) = self.run.take() else { return Ok(()) };
+        let at = GuestRange::new(start, bytes.len() as u64);
+        let (Some(at), Some(entry)) = (at, self.entries.get(cell)) else { return Ok(()) };
+        match &self.out {
+            Out::Here(store, table) => {
+                store.put(at, &bytes)?;
+                table.put(cell as u64, entry)
+            }
+            // Whoever does not take it has failed, and says so in the end.
+            Out::Queue(sender, _) => sender
+                .send((at, bytes, cell as u64, entry.clone()))
+                .map_err(|_| io::Error::other("the store could not be written")),
+        }
+    }
+
+    /// All has come: gives back how many pages were at no place. The table is whole then.
+    fn finish(mut self, discarded: &[VirtioMem]) -> io::Result<u64> {
+        let flushed = self.flush();
+        let table = match self.out {
+            Out::Here(_, table) => table,
+            Out::Queue(sender, thread) => {
+                drop(sender);
+                let gone = |_| Err(io::Error::other("the thread that writes the store panicked"));
+                thread.join().unwrap_or_else(gone)?
+            }
+        };
+        flushed?;
+        for entry in &mut self.entries {
+            discard(entry, discarded);
+        }
+        for (number, entry) in (0u64..).zip(&self.entries) {
+            table.put(number, entry)?;
+        }
+        Ok(self.other_pages)
+    }
+
+    /// Gives the page at `offset` of the stream's block to every place that it has.
+    fn each_place(&mut self, block: usize, offset: u64, bytes: Option<&[u8]>) -> io::Result<()> {
+        let places = self.by_block.get(block).map(Vec::as_slice).unwrap_or_default();
+        let inside = |place: &&Place| offset >= place.offset && offset - place.offset < place.len;
+        let gpas: Vec<u64> =
+            places.iter().filter(inside).map(|p| p.gpa + (offset - p.offset)).collect();
+        if gpas.is_empty() {
+            self.other_pages += 1;
+        }
+        gpas.into_iter().try_for_each(|gpa| self.page_at(gpa, bytes))
+    }
+}
+
+/// Writes runs until there are no more; gives the table back.
+fn write_all(jobs: &Receiver<Job>, store: &DiskStore, table: Table) -> io::Result<Table> {
+    for (at, bytes, number, entry) in jobs {
+        store.put(at, &bytes)?;
+        table.put(number, &entry)?;
+    }
+    Ok(table)
+}
+
+/// Pages that did not come because QEMU's bitmap has them unplugged.
+fn discard(entry: &mut Entry, virtio_mem: &[VirtioMem]) {
+    for device in virtio_mem {
+        let end = device.gpa.saturating_add(device.len);
+        if entry.block.start() >= end || entry.block.end() <= device.gpa {
+            continue;
+        }
+        for (page, state) in pages(entry.block).zip(&mut entry.states) {
+            let inside = (device.gpa..end).contains(&page.start());
+            if inside && *state == PageState::Unreadable && !plugged(device, page.start()) {
+                *state = PageState::Discarded;
+            }
+        }
+    }
+}
+
+fn plugged(device: &VirtioMem, gpa: u64) -> bool {
+    let unit = (gpa - device.gpa) / device.unit.max(1);
+    let word = usize::try_from(unit / 64).ok().and_then(|word| device.plugged.get(word));
+    // What the bitmap does not have is a loss, not a hole.
+    word.is_none_or(|word| word >> (unit % 64) & 1 == 1)
+}
+
+fn invalid(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+impl Sink for Taker {
+    fn blocks(&mut self, blocks: &[stream::Block]) -> io::Result<()> {
+        let of = |block: &stream::Block| -> Vec<Place> {
+            self.places.iter().filter(|place| place.block == block.name).cloned().collect()
+        };
+        self.by_block = blocks.iter().map(of).collect();
+        Ok(())
+    }
+
+    fn page(&mut self, block: usize, offset: u64, bytes: &[u8; stream::PAGE]) -> io::Result<()> {
+        self.each_place(block, offset, Some(bytes))
+    }
+
+    fn zero_page(&mut self, block: usize, offset: u64) -> io::Result<()> {
+        self.each_place(block, offset, None)
+    }
+}
+
+/// The reader, as capture has it.
+pub struct Reader {
+    peer: Peer,
+    /// The rights that it kept.
+    pub rights: manifest::Process,
+}
+
+impl Reader {
+    /// Starts it. `files` are the stream, the store, the table, and the files for the devices' state
+    /// and the pulse.
+    ///
+    /// # Errors
+    /// It could not be started, in words.
+    pub fn start(begin: Begin, files: [BorrowedFd<'_>; FILES]) -> Result<Self, String> {
+        let mut peer = Peer::start(Role::Reader).map_err(|e| told(&e))?;
+        peer.say(&Ask::Begin(begin), PROMPT).map_err(|e| e.to_string())?;
+        peer.channel().send_fds(&files).map_err(|e| told(&e))?;
+        match peer.hear(PROMPT).map_err(|e| e.to_string())? {
+            Said::Begun(rights) => Ok(Self { peer, rights }),
+            Said::Ended(_) => Err("it ended before it began".to_owned()),
+        }
+    }
+
+    /// Waits for the stream's end, `within` at most; `None`: it goes on.
+    ///
+    /// # Errors
+    /// The reader was lost, or the stream is not what it should be, in words.
+    pub fn wait(&mut self, within: Duration) -> Result<Option<Whole>, String> {
+        match channel::wait(&[self.peer.channel().as_fd()], Some(within)) {
+            Ok(ready) if ready == [false] => return Ok(None),
+            Ok(_) => {}
+            Err(error) => return Err(told(&error)),
+        }
+        let said: Result<Said, ChannelError> = self.peer.hear(PROMPT);
+        match said.map_err(|error| format!("the process that reads was lost: {error}"))? {
+            Said::Ended(ended) => ended.map(|read| Some(*read)),
+            Said::Begun(_) => Err("it began twice".to_owned()),
+        }
+    }
+
+    /// Ends it at once: nothing of it writes into the store when this returns.
+    pub fn kill(&mut self) {
+        self.peer.kill();
+    }
+}
+
+/// An empty file in memory.
+///
+/// # Errors
+/// No memory, no descriptors.
+pub fn scratch_file(name: &str) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?)
+}

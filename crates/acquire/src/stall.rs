@@ -1,0 +1,110 @@
+//! Whether QEMU waits for whoever reads its snapshot: a guest that writes to a page that is still
+//! protected waits with it.
+//!
+//! Capture and guardian each look for themselves: one of them may hang. Both have the reader's end
+//! of the socket and its *pulse*, a small file in which the reader counts what it read. Bytes that lie
+//! in the socket while the count stands still are a stall.
+
+use std::fs::File;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// One who looks.
+#[derive(Debug)]
+pub struct Watch {
+    stream: UnixStream,
+    pulse: File,
+    count: u64,
+    since: Instant,
+    longest: Duration,
+}
+
+impl Watch {
+    /// Looks at the socket whose reader's end is `stream`, and at the reader's `pulse`.
+    pub fn new(stream: OwnedFd, pulse: OwnedFd) -> Self {
+        Self {
+            stream: UnixStream::from(stream),
+            pulse: File::from(pulse),
+            count: 0,
+            since: Instant::now(),
+            longest: Duration::ZERO,
+        }
+    }
+
+    /// Looks: for how long QEMU's bytes have lain unread.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn look(&mut self) -> io::Result<Duration> {
+        let count = read(&self.pulse)?;
+        let waiting = rustix::io::ioctl_fionread(&self.stream)? > 0;
+        if !waiting || count != self.count {
+            (self.count, self.since) = (count, Instant::now());
+            return Ok(Duration::ZERO);
+        }
+        let stalled = self.since.elapsed();
+        self.longest = self.longest.max(stalled);
+        Ok(stalled)
+    }
+
+    /// How many bytes had been read at the last look.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// The longest that any look found.
+    pub fn longest(&self) -> Duration {
+        self.longest
+    }
+
+    /// Breaks the stream: QEMU's next write fails, and with it the snapshot; who waits goes on.
+    pub fn cut(&self) {
+        // One that is broken already is as well.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Writes how many bytes a reader has read into its pulse.
+///
+/// # Errors
+/// The kernel's.
+pub fn beat(pulse: &File, count: u64) -> io::Result<()> {
+    pulse.write_all_at(&count.to_le_bytes(), 0)
+}
+
+fn read(pulse: &File) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    pulse.read_exact_at(&mut bytes, 0)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn unread_bytes_are_a_stall_and_silence_is_none() {
+        let (mut qemu, mut reader) = UnixStream::pair().unwrap();
+        let pulse = tempfile::tempfile().unwrap();
+        beat(&pulse, 0).unwrap();
+        let pair = (reader.try_clone().unwrap().into(), pulse.try_clone().unwrap().into());
+        let mut watch = Watch::new(pair.0, pair.1);
+        let little = Duration::from_millis(20);
+        std::thread::sleep(little);
+        assert_eq!(watch.look().unwrap(), Duration::ZERO, "QEMU sends nothing");
+        qemu.write_all(b"ab").unwrap();
+        std::thread::sleep(little);
+        assert!(watch.look().unwrap() >= little);
+        reader.read_exact(&mut [0]).unwrap();
+        beat(&pulse, 1).unwrap();
+        assert_eq!(watch.look().unwrap(), Duration::ZERO, "there is more, and it is being read");
+        assert!(watch.longest() >= little && watch.count() == 1);
+        watch.cut();
+        assert!(qemu.write_all(b"c").is_err());
+    }
+}
