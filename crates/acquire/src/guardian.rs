@@ -763,7 +763,7 @@ impl Guardian {
     /// # Errors
     /// [`GuardianError`]; when the guardian was lost, its successor has put the settings back.
     pub fn end_snapshot(&mut self, whole: bool) -> Result<ShotEnd, GuardianError> {
-        match self.ask(&Ask::SnapshotEnd { whole }, LOOK)? {
+        match self.ask(&Ask::SnapshotEnd { whole }, 2 * CONT)? {
             Reply::Shot(end) => {
                 if is_stopped(&end.run_state) && end.resume_us.is_none() {
                     self.not_as_found = Some(format!("the VM is {:?}", end.run_state));

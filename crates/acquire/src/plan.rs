@@ -1243,6 +1243,44 @@ mod tests {
         assert!(choose(&facts, &Wish { force_output: true, ..live() }).is_ok());
     }
 
+    /// 3 GiB that take 5 ms a GiB to protect, twice that in QEMU, and 25 ms for the rest.
+    fn shootable() -> Facts {
+        let snapshot = SnapshotFacts { protect_a_gib_ns: 5_000_000, ..SnapshotFacts::default() };
+        Facts { snapshot, ..facts() }
+    }
+
+    #[test]
+    fn a_snapshot_is_taken_within_the_budget_and_refused_where_it_would_lie() {
+        let wish = Wish { method: Some(Method::Snapshot), ..Wish::default() };
+        let plan = choose(&shootable(), &wish).unwrap();
+        assert_eq!(plan.class, Class::QuasiInstantaneous);
+        assert_eq!(plan.snapshot.unwrap().expected_ns, 55_000_000);
+        assert!(plan.hold.is_none() && plan.changes[0].contains("put back"), "{:?}", plan.changes);
+        let short = Wish { stall_budget: Duration::from_millis(50), ..wish.clone() };
+        let refusal = refused(&shootable(), &short, "55 ms");
+        assert_eq!(refusal.remedies, ["--stall-budget 100ms"]);
+        // auto allows for twice that.
+        let auto = refused(&shootable(), &Wish::default(), "one instant");
+        assert!(auto.remedies.contains(&"--stall-budget 150ms".to_owned()), "{auto:?}");
+        let wide = Wish { stall_budget: Duration::from_millis(110), ..Wish::default() };
+        assert_eq!(choose(&shootable(), &wide).unwrap().method, Method::Snapshot);
+
+        let with = |edit: fn(&mut Facts)| {
+            let mut facts = shootable();
+            edit(&mut facts);
+            facts
+        };
+        refused(&with(|f| f.run_state = "paused".into()), &wish, "paused");
+        refused(&with(|f| f.hold.writers.push("/dev/vfio/9".into())), &wish, "vfio");
+        refused(&with(|f| f.snapshot.block_jobs.push("mirror".into())), &wish, "mirror");
+        refused(&with(|f| f.snapshot.shared_hole_bytes = 9 << 30), &wish, "shared");
+        let setting = with(|f| {
+            f.snapshot.unfit = Some("userfaultfd".into());
+            f.snapshot.remedy = Some("sysctl".into());
+        });
+        assert_eq!(refused(&setting, &wish, "userfaultfd").remedies, ["sysctl"]);
+    }
+
     #[test]
     fn what_cannot_be_read_truly_is_refused() {
         refused(&Facts { confidential: Some("SEV-SNP".into()), ..facts() }, &live(), "SEV-SNP");

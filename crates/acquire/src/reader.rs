@@ -471,3 +471,134 @@ impl Reader {
 pub fn scratch_file(name: &str) -> io::Result<OwnedFd> {
     Ok(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use evidence::{Segment, Segments};
+    use std::path::Path;
+
+    const BLOCK: u64 = 1 << 20;
+    const P: u64 = PAGE;
+
+    fn range(start: u64, len: u64) -> GuestRange {
+        GuestRange::new(start, len).unwrap()
+    }
+
+    /// Two blocks of the image, the second at an odd distance in the store.
+    fn layout() -> Segments {
+        let segments = [(0, BLOCK, 0), (8 * BLOCK, 4 * P, BLOCK + 4 * P)];
+        let segments = segments
+            .map(|(start, len, offset)| Segment { range: range(start, len), offset });
+        Segments::new(segments.to_vec()).unwrap()
+    }
+
+    /// "ram" lies at 0, its last pages once more at 8 MiB.
+    fn begin(spare: Option<u64>) -> Begin {
+        let place = |offset, gpa, len| Place { block: "ram".into(), offset, gpa, len };
+        Begin {
+            store: Vec::new(),
+            places: vec![place(0, 0, BLOCK), place(BLOCK - 4 * P, 8 * BLOCK, 4 * P)],
+            reserved: vec![(0, 2 * P)],
+            spare,
+        }
+    }
+
+    fn taker(begin: &Begin, file: File) -> (Taker, File, File) {
+        let table = tempfile::tempfile().unwrap();
+        let entry = |block, pages| Entry {
+            block,
+            states: vec![PageState::Hole; pages],
+            digest: Digest::ZERO,
+            sealed: false,
+        };
+        let fresh = Table::new(table.try_clone().unwrap());
+        fresh.put(0, &entry(range(0, BLOCK), 256)).unwrap();
+        fresh.put(1, &entry(range(8 * BLOCK, 4 * P), 4)).unwrap();
+        let store = DiskStore::new(file.try_clone().unwrap(), layout()).unwrap();
+        let mut taker = Taker::new(begin, store, fresh).unwrap();
+        let block = |name: &str, used| stream::Block { name: name.into(), used };
+        taker.blocks(&[block("vga", BLOCK), block("ram", BLOCK)]).unwrap();
+        (taker, file, table)
+    }
+
+    fn in_memory() -> File {
+        File::from(scratch_file("test").unwrap())
+    }
+
+    fn on_disk() -> File {
+        // The build's own directory, for /tmp may be memory.
+        tempfile::tempfile_in(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap()
+    }
+
+    fn page(byte: u8) -> [u8; stream::PAGE] {
+        [byte; stream::PAGE]
+    }
+
+    #[test]
+    fn pages_go_to_every_place_that_they_have() {
+        for file in [in_memory(), on_disk()] {
+            let (mut taker, file, table) = taker(&begin(None), file);
+            for (number, byte) in [(0, 1), (1, 2), (5, 3), (254, 4)] {
+                taker.page(1, number * P, &page(byte)).unwrap();
+            }
+            taker.zero_page(1, 2 * P).unwrap();
+            taker.page(0, 0, &page(9)).unwrap();
+            assert_eq!(taker.finish(&[]).unwrap(), 1, "of video memory nothing is in the image");
+            let table = Table::new(table);
+            let (low, high) = (table.get(0).unwrap(), table.get(1).unwrap());
+            assert!(low.sealed && high.sealed);
+            assert_eq!(low.states[..3], [PageState::Data, PageState::Data, PageState::Zero]);
+            assert_eq!((low.states[3], low.states[5]), (PageState::Unreadable, PageState::Data));
+            assert_eq!((low.states[254], high.states[2]), (PageState::Data, PageState::Data));
+            let byte_at = |offset| {
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, offset).unwrap();
+                byte[0]
+            };
+            assert_eq!([byte_at(P - 1), byte_at(P), byte_at(5 * P)], [1, 2, 3]);
+            assert_eq!([byte_at(254 * P), byte_at(BLOCK + 6 * P)], [4, 4]);
+        }
+    }
+
+    #[test]
+    fn what_no_stream_of_qemu_has_is_refused() {
+        let (mut taker, _, _) = taker(&begin(None), in_memory());
+        taker.zero_page(1, 0).unwrap();
+        let twice = taker.page(1, 0, &page(1)).unwrap_err();
+        assert!(twice.to_string().contains("twice"), "{twice}");
+        // What was kept until then stays.
+        taker.finish(&[]).unwrap();
+    }
+
+    #[test]
+    fn no_more_memory_is_taken_than_allowed() {
+        let (mut taker, _, table) = taker(&begin(Some(P)), in_memory());
+        for number in [0, 1, 2] {
+            taker.page(1, number * P, &page(1)).unwrap();
+        }
+        assert_eq!(taker.page(1, 3 * P, &page(1)).unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+        taker.zero_page(1, 4 * P).unwrap();
+        taker.finish(&[]).unwrap();
+        assert_eq!(Table::new(table).get(0).unwrap().states[2], PageState::Data);
+    }
+
+    #[test]
+    fn unplugged_memory_is_none_and_memory_that_did_not_come_is_lost() {
+        let device = VirtioMem {
+            name: "virtio-mem".into(),
+            gpa: 8 * BLOCK,
+            len: 3 * P,
+            unit: P,
+            plugged_len: P,
+            plugged: vec![0b010],
+        };
+        let (mut taker, _, table) = taker(&begin(None), in_memory());
+        taker.page(1, BLOCK - 4 * P, &page(1)).unwrap();
+        taker.finish(&[device]).unwrap();
+        let states = Table::new(table).get(1).unwrap().states;
+        // What came is there, whatever the bitmap says; the last page is of no device.
+        let (lost, none) = (PageState::Unreadable, PageState::Discarded);
+        assert_eq!(states, [PageState::Data, lost, none, lost]);
+    }
+}
