@@ -125,6 +125,8 @@ impl Run<'_> {
         self.findings.add_more(feed.more_problems);
         if let Some((line, text)) = &feed.broken {
             match line {
+                // A map that was cut leaves records over.
+                _ if blamed.blocks && !blamed.manifest => self.findings.field("map", text.as_str()),
                 Some(line) => self.findings.line(exhibit::BLOCKS, *line, text.as_str()),
                 None => self.findings.file(exhibit::BLOCKS, text.as_str()),
             }
