@@ -120,11 +120,18 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
         vm: &asked.vm,
         migration: asked.migration,
         watchdogs: asked.watchdogs,
-        snapshots: asked.snapshots,
+        snapshots: asked.snapshots.is_some(),
         block_jobs: asked.block_jobs,
     };
     let facts = facts(request, &target, qemu, &located, &memory, &resident)?;
     log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
+    if asked.snapshots == Some(true) {
+        warnings.push(
+            "QEMU's capability background-snapshot is set already, and not by us: a migration of this VM \
+             would end with the VM running in two places; it is left set"
+                .to_owned(),
+        );
+    }
     if memory.reads_around_ksm() {
         warnings.push(
             "KSM may have merged pages: memory is read the slower way that keeps them so"

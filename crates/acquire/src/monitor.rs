@@ -91,8 +91,8 @@ pub struct Asked {
     pub migration: Option<String>,
     /// Emulated watchdogs, by QEMU's names of their types.
     pub watchdogs: Vec<String>,
-    /// QEMU can take background snapshots.
-    pub snapshots: bool,
+    /// QEMU can take background snapshots; the capability is set or, as it should be, not.
+    pub snapshots: Option<bool>,
     /// Block jobs under way.
     pub block_jobs: Vec<String>,
     /// The memory map.
@@ -181,7 +181,8 @@ impl Monitor {
         let confidential = confidential.or_else(|| whom.confidential.clone());
         let watchdogs = self.facts().watchdogs().map_err(query)?;
         let capabilities = self.facts().migration_capabilities().map_err(query)?;
-        let snapshots = capabilities.iter().any(|one| one.capability == SNAPSHOT);
+        let mut of_snapshots = capabilities.iter().filter(|one| one.capability == SNAPSHOT);
+        let snapshots = of_snapshots.next().map(|one| one.state);
         let block_jobs = self.facts().block_jobs().map_err(query)?;
         let view = if confidential.is_none() { Some(self.view()?) } else { None };
         let skipped = std::mem::take(&mut self.skipped);

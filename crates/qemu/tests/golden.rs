@@ -278,7 +278,7 @@ fn facts_are_read() {
     assert_eq!(facts.status().unwrap(), facts::Status { status: "running".into(), running: true });
     assert_eq!(facts.kvm().unwrap(), facts::Kvm { present: true, enabled: false });
     assert_eq!(facts.confidential().unwrap(), None);
-    assert_eq!(facts.migration().unwrap(), None);
+    assert_eq!(facts.migration().unwrap(), qemu::facts::Migration::default());
     assert_eq!(facts.balloon().unwrap(), None);
     let mut qmp = golden("7.2-q35-devices").answers().serve();
     assert!(facts::Facts::of(&mut qmp, WAIT).balloon().unwrap().is_some());
