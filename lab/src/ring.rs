@@ -55,8 +55,8 @@ impl Ring {
         Self::new(pages, even / 4096 * 4096 + 4096, memory_mib)
     }
 
-    /// Every page of the guest's memory from the first one up: so each write goes to a page that was
-    /// not written for long.
+    /// Every page of the guest's memory from the first one up: so each write goes to a page that
+    /// was not written for long.
     pub fn wide(memory_mib: u32) -> Self {
         Self::new((memory_mib * MIB - 2 * BASE) / 4096, 4096, memory_mib)
     }

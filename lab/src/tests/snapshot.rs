@@ -158,7 +158,7 @@ impl<'a> Subject<'a> {
         self.assert_clean()
     }
 
-    /// Nothing of a run is left: no process, no file, no stream; the guest is as it was, and writes.
+    /// Nothing of a run is left: no process, no file, no stream; the guest is as it was and writes.
     fn assert_clean(&mut self) -> Result<()> {
         self.family.await_gone()?;
         recover(self.lab, &self.guest)?;
@@ -340,8 +340,8 @@ impl std::fmt::Display for Figures {
         let runs = self.runs.max(1);
         write!(
             f,
-            "stopped for {:?} in the mean, {:?} at most ({} ms by QEMU), unread for {:?} at most, {} \
-             pages audited",
+            "stopped for {:?} in the mean, {:?} at most ({} ms by QEMU), unread for {:?} at most, \
+             {} pages audited",
             self.stops / runs,
             self.longest_stop,
             self.qemu_ms,
@@ -374,8 +374,8 @@ fn of_one_instant(lab: &Lab, cases: &[Case], n: u32, controls: u32) -> Result<()
     Ok(())
 }
 
-/// Both rings on either kind of memory. Each of the QEMUs has each ring and each kind of memory once;
-/// in a full run, all of them.
+/// Both rings on either kind of memory. Each of the QEMUs has each ring and each kind of memory
+/// once; in a full run, all of them.
 fn cases(lab: &Lab, like: impl Fn(Ring) -> Ring) -> Vec<Case> {
     use Backing::{Anonymous, Memfd};
     use Version::{V7_2, V10_0};
@@ -400,7 +400,7 @@ fn fast_rings_are_of_one_instant(lab: &Lab) -> Result<()> {
     of_one_instant(lab, &cases(lab, |ring| ring), lab.scale(10, 60), lab.scale(2, 10))
 }
 
-/// A slow writer leaves its pages protected for longer: more of them are sent before it comes to them.
+/// A slow writer leaves its pages protected for longer: more are sent before it comes to them.
 fn slow_rings_are_of_one_instant(lab: &Lab) -> Result<()> {
     let cases = cases(lab, |ring| ring.delay(100_000));
     of_one_instant(lab, &cases[..lab.scale(2, cases.len())], lab.scale(10, 60), lab.scale(1, 5))
@@ -440,7 +440,7 @@ fn linux_is_of_one_instant(lab: &Lab) -> Result<()> {
 /// savevm.h).
 const STREAM: [u8; 8] = *b"QEVM\0\0\0\x03";
 
-/// The attachment, which must be a stream of migration and be named in the record and in SHA256SUMS.
+/// The attachment, which must be a stream of migration that the record and SHA256SUMS name.
 fn device_state(exhibit: &Exhibit) -> Result<Vec<u8>> {
     let name = "device-state.bin";
     let bytes = fs::read(exhibit.dir.join(name)).doing(name)?;
@@ -462,8 +462,8 @@ fn holds(bytes: &[u8], number: u64) -> bool {
     bytes.windows(8).any(|window| window == number.to_be_bytes())
 }
 
-/// The ring's writer keeps the number of its next store in a register, which is in the device state:
-/// it is the one that follows the greatest number in memory, or that number still.
+/// The ring's writer keeps the number of its next store in a register, which is in the device
+/// state: it is the one that follows the greatest number in memory, or that number still.
 fn the_device_state_is_of_the_same_instant(lab: &Lab) -> Result<()> {
     for version in [Version::V10_0, Version::V7_2] {
         let ring = Ring::spread(64);

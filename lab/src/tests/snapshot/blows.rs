@@ -145,8 +145,8 @@ impl Subject<'_> {
         }
     }
 
-    /// Processes were stopped: the guest goes on all the same. Then they go on too, or are ended, if
-    /// they still hang. Whether QEMU had its settings back before.
+    /// Processes were stopped: the guest goes on all the same. Then they go on too, or are ended,
+    /// if they still hang. Whether QEMU had its settings back before.
     fn outwait(&mut self, blow: Blow, run: &mut Running, victims: &[u32]) -> Result<bool> {
         let alone = Instant::now() + BUDGET + PROMISED * 2;
         while Instant::now() < alone && run.runs()? {
@@ -167,26 +167,22 @@ impl Subject<'_> {
 
 /// Whether a run may end so.
 fn allowed(blow: Blow, midway: bool, code: Option<i32>, left: Left) -> bool {
-    let whole = (matches!(code, Some(0 | 3)) && left == Left::Whole) && !midway;
+    let whole = matches!(code, Some(0 | 3)) && left == Left::Whole;
     let failed = code == Some(1) && left == Left::Partial;
+    let interrupted = code == Some(130) && left != Left::Whole;
+    // Nobody was left to say anything; what lies there was judged.
+    let killed = code.is_none();
     match (blow.victim, blow.signal) {
-        (Victim::Capture, Signal::INT) => {
-            let interrupted = code == Some(130) && left != Left::Whole;
-            whole || interrupted
-        }
-        // What was stopped and goes on finds another world, or has missed nothing.
-        (Victim::Capture, Signal::STOP) if blow.goes_on => {
-            failed || matches!(code, Some(0 | 3)) && left == Left::Whole
-        }
-        // Nobody was left to say anything; what lies there was judged.
-        (Victim::Capture | Victim::Both, _) => code.is_none() || whole,
+        (Victim::Capture, Signal::INT) => interrupted || whole && !midway,
+        // It finds another world when it goes on, if it was not ended; or it has missed nothing.
+        (Victim::Capture, Signal::STOP) => killed || failed || whole,
+        (Victim::Capture | Victim::Both, _) => killed || whole && !midway,
         // A stream that broke off cannot be read again.
-        (Victim::Reader, _) => failed || whole,
+        (Victim::Reader, _) => failed || whole && !midway,
         // Another one does its work, if there was anything to be done yet.
-        (Victim::Guardian, _) => match code {
-            Some(4) => left == Left::Nothing,
-            code => failed || matches!(code, Some(0 | 3)) && left == Left::Whole,
-        },
+        (Victim::Guardian, _) => {
+            whole || failed || matches!(code, Some(1 | 4)) && left == Left::Nothing
+        }
     }
 }
 
@@ -212,8 +208,8 @@ fn blows(lab: &Lab, signal: Signal, victim: Victim, count: u32) -> Result<()> {
     let worst = moments.iter().map(|moment| moment.stalls.longest).max().unwrap_or_default();
     let late = moments.iter().map(|moment| moment.stalls.late).max().unwrap_or_default();
     println!(
-        "         {signal:?} {victim:?}: {count} moments, {midway} midway through the stream; the guest \
-         stood for {:.0} ms at most (watcher late by {:.0}); whole {}, partial {}, none {}{}",
+        "         {signal:?} {victim:?}: {count} moments, {midway} midway through the stream; the \
+         guest stood for {:.0} ms at most (watcher late by {:.0}); whole {}, partial {}, none {}{}",
         worst.as_secs_f64() * 1e3,
         late.as_secs_f64() * 1e3,
         left(Left::Whole),

@@ -36,7 +36,7 @@ fn meanwhile<T>(
     act: impl FnOnce(&mut Subject<'_>) -> Result<T>,
 ) -> Result<(Ended, Left, T)> {
     for n in 0..5 {
-        let out = new_dir(subject.lab, &format!("meanwhile{n}"))?;
+        let out = new_dir(subject.lab, &format!("{}-{n}", subject.guest.pid()))?;
         let mut run = subject.start(&out)?;
         if !subject.await_stream(&mut run, 0.1)? || !subject.is_midway()? {
             run.end()?;
