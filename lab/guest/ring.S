@@ -86,14 +86,19 @@ wait:   inb     %dx, %al
         jz      wait
         lodsb
         testb   %al, %al
-        jz      for_ever
+        jz      said
         movw    $COM1, %dx
         outb    %al, %dx
         jmp     say
 
+said:   cmpl    $0, halts
+        jne     halt
 for_ever:
         call    lap
         jmp     for_ever
+
+halt:   hlt                             # for ever: interrupts are off
+        jmp     halt
 
         # Once round the ring. Each movq is one aligned store of 64 bits.
 lap:    movl    base, %edi
@@ -133,6 +138,7 @@ pages:  .long   0
 delay:  .long   0
 fill_to:
         .long   0
+halts:  .long   0
 
         .org    510
         .word   0xaa55

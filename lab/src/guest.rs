@@ -400,6 +400,7 @@ pub(crate) fn fresh_dir(what: &str) -> Result<PathBuf> {
 struct AsFound {
     run_state: String,
     capabilities: Value,
+    parameters: Value,
     threads_traced: bool,
 }
 
@@ -432,6 +433,7 @@ impl Guest {
         let as_found = AsFound {
             run_state: if builder.paused { "prelaunch" } else { "running" }.to_owned(),
             capabilities: qmp.run("query-migrate-capabilities", json!({}))?,
+            parameters: qmp.run("query-migrate-parameters", json!({}))?,
             threads_traced: false,
         };
         let serial = builder.linux.then_some(serial);
@@ -596,7 +598,8 @@ impl Guest {
             .into_owned()
     }
 
-    /// Fails unless the guest is as it was: run state, migration capabilities, no thread traced.
+    /// Fails unless the guest is as it was: run state, capabilities and parameters of migration, no
+    /// thread traced.
     /// With Linux inside, and running, it must also answer.
     pub fn assert_as_found(&mut self) -> Result<()> {
         let pid = self.pid();
@@ -607,6 +610,7 @@ impl Guest {
         let now = AsFound {
             run_state: self.status()?,
             capabilities: self.qmp.run("query-migrate-capabilities", json!({}))?,
+            parameters: self.qmp.run("query-migrate-parameters", json!({}))?,
             threads_traced: proc::status(pid, "TracerPid")? != 0
                 || proc::thread_states(pid)?.iter().any(|state| matches!(state, 't' | 'T')),
         };

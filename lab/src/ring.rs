@@ -35,6 +35,8 @@ pub struct Ring {
     pub delay: u32,
     /// The guest's memory.
     pub memory_mib: u32,
+    /// After the first lap the CPU halts for ever: nothing in the guest changes any more.
+    pub halts: bool,
 }
 
 impl Ring {
@@ -53,15 +55,27 @@ impl Ring {
         Self::new(pages, even / 4096 * 4096 + 4096, memory_mib)
     }
 
+    /// Every page of the guest's memory from the first one up: so each write goes to a page that
+    /// was not written for long.
+    pub fn wide(memory_mib: u32) -> Self {
+        Self::new((memory_mib * MIB - 2 * BASE) / 4096, 4096, memory_mib)
+    }
+
     fn new(pages: u32, stride: u32, memory_mib: u32) -> Self {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let run = since.as_secs() << 30 | u64::from(since.subsec_nanos());
-        Self { run, base: BASE, stride, pages, delay: 0, memory_mib }
+        Self { run, base: BASE, stride, pages, delay: 0, memory_mib, halts: false }
     }
 
     /// The same with an empty loop of so many rounds after each page: a slow ring.
     pub fn delay(mut self, rounds: u32) -> Self {
         self.delay = rounds;
+        self
+    }
+
+    /// The same, but that it halts after the first lap.
+    pub fn halting(mut self) -> Self {
+        self.halts = true;
         self
     }
 
@@ -102,7 +116,8 @@ impl Ring {
             at += bytes.len();
         };
         put(&self.run.to_le_bytes());
-        for word in [self.base, self.stride, self.pages, self.delay, fill_to] {
+        let halts = u32::from(self.halts);
+        for word in [self.base, self.stride, self.pages, self.delay, fill_to, halts] {
             put(&word.to_le_bytes());
         }
         disk.resize(DISK, 0);
@@ -117,7 +132,7 @@ mod tests {
     #[test]
     fn every_ring_lies_in_the_memory_that_is_filled() {
         for memory_mib in [32, 64, 256, 512, 2048] {
-            for ring in [Ring::pair(memory_mib), Ring::spread(memory_mib)] {
+            for ring in [Ring::pair(memory_mib), Ring::spread(memory_mib), Ring::wide(memory_mib)] {
                 let end = ring.gpa(ring.pages - 1) + 4096;
                 assert!(end <= u64::from(memory_mib * MIB - TOP), "{ring:?}");
                 assert_eq!((ring.base % 4096, ring.stride % 4096), (0, 0));

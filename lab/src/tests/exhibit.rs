@@ -65,7 +65,7 @@ impl Exhibit {
     /// `sha256sum -c` finds every file as SHA256SUMS says, and no file is missing there. A raw image
     /// is 4 GiB of holes, half a minute each: but for [`Exhibit::assert_raw_sum`] its digest is left
     /// to `verify`.
-    fn assert_sums(&self) -> Result<()> {
+    pub(super) fn assert_sums(&self) -> Result<()> {
         let sums = fs::read_to_string(self.dir.join("SHA256SUMS"))?;
         let named: BTreeSet<&str> =
             sums.lines().filter_map(|line| Some(line.split_once("  ")?.1)).collect();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use lab::{Backing, Doing, Guest, Lab, Result, failed, here, outer, pattern, runner, skipped};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::exhibit::{STORES, take};
 use super::run::{Left, verify};
@@ -470,19 +470,39 @@ fn a_qemu_that_dies_meanwhile_leaves_a_partial_record(lab: &Lab) -> Result<()> {
 fn a_migrating_guest_is_refused(lab: &Lab) -> Result<()> {
     let mut guest = lab.guest().boot()?;
     let (vm, out) = (guest.pid().to_string(), new_dir(lab, "out")?);
-    guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 4096 }))?;
-    guest.qmp("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
-    until_migration_is(&mut guest, "active")?;
+    let begun = Crawl::begin(&mut guest)?;
     refused(lab, &vm, &out, &[], &["migration", "active", "hint: "])?;
     lab.tool(["plan", "--method", "live", &vm])?.expect_code(4)?;
-    until_migration_is(&mut guest, "active")?;
-    guest.qmp("migrate_cancel", json!({}))?;
-    until_migration_is(&mut guest, "cancelled")?;
+    begun.end(&mut guest)?;
     take(lab, &guest, &[])?;
     guest.finish()
 }
 
-fn until_migration_is(guest: &mut Guest, wanted: &str) -> Result<()> {
+/// A migration to nowhere at 4 KiB/s.
+pub(super) struct Crawl {
+    /// What was allowed before.
+    bandwidth: Value,
+}
+
+impl Crawl {
+    pub(super) fn begin(guest: &mut Guest) -> Result<Self> {
+        let before = guest.qmp("query-migrate-parameters", json!({}))?;
+        guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": 4096 }))?;
+        guest.qmp("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
+        until_migration_is(guest, "active")?;
+        Ok(Self { bandwidth: before["max-bandwidth"].clone() })
+    }
+
+    /// It must still be under way; it is cancelled, and all is as before.
+    pub(super) fn end(self, guest: &mut Guest) -> Result<()> {
+        until_migration_is(guest, "active")?;
+        guest.qmp("migrate_cancel", json!({}))?;
+        until_migration_is(guest, "cancelled")?;
+        guest.qmp("migrate-set-parameters", json!({ "max-bandwidth": self.bandwidth })).map(drop)
+    }
+}
+
+pub(super) fn until_migration_is(guest: &mut Guest, wanted: &str) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(30);
     loop {
         let migration = guest.qmp("query-migrate", json!({}))?;

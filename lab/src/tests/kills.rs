@@ -22,7 +22,9 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::faults::share;
-use super::run::{Ended, Running, names, new_dir, signal, verify};
+use super::run::{
+    Ended, Family, Running, UNDO, await_dead, names, new_dir, recover, signal, undo_files, verify,
+};
 
 pub(crate) const TESTS: &[runner::Test] = here![
     sigkill_of_capture,
@@ -199,8 +201,7 @@ struct Subject<'a> {
     guest: Guest,
     /// The watcher's.
     monitor: PathBuf,
-    /// The tool's program.
-    program: PathBuf,
+    family: Family,
     pace: Pace,
 }
 
@@ -249,12 +250,11 @@ impl<'a> Subject<'a> {
             Accel::Kvm => (builder.blank().memory_mib(32), "16M", 950, PROMISED_OUTER),
         };
         let pace = Pace { rate, budget: Duration::from_millis(millis), promised };
-        let program = lab.tool_command([""; 0])?.get_program().to_owned();
-        let (mut guest, program) = (builder.boot()?, fs::canonicalize(program)?);
+        let (mut guest, family) = (builder.boot()?, Family::of(lab)?);
         if Accel::from_env() == Accel::Kvm {
             settle(&mut guest)?;
         }
-        Ok(Self { lab, guest, monitor, program, pace })
+        Ok(Self { lab, guest, monitor, family, pace })
     }
 
     fn freeze(&self, out: &Path, hold: Hold) -> Result<Command> {
@@ -290,18 +290,6 @@ impl<'a> Subject<'a> {
         self.begin(|| Running::start(self.freeze(out, hold)?))
     }
 
-    /// Processes of the tool, and their command lines.
-    fn processes(&self) -> Vec<(u32, String)> {
-        let pids = proc::with_program(&self.program).into_iter();
-        pids.map(|pid| (pid, proc::command_line(pid))).collect()
-    }
-
-    /// The process with this argument.
-    fn process(&self, argument: &str) -> Option<u32> {
-        let mut all = self.processes().into_iter();
-        all.find(|(_, line)| line.contains(argument)).map(|(pid, _)| pid)
-    }
-
     /// Whether the guest is held this moment.
     fn held(&mut self, hold: Hold) -> Result<bool> {
         match hold {
@@ -310,38 +298,11 @@ impl<'a> Subject<'a> {
         }
     }
 
-    /// `recover` for this guest: its output. It must find nothing that it cannot put right.
-    fn recover(&self) -> Result<String> {
-        let vm = self.guest.pid().to_string();
-        Ok(self.lab.tool(["recover", &vm])?.expect_code(0).doing("recover")?.stdout)
-    }
-
-    /// Files in `/run/stillframe` that are about this guest.
-    fn undo_files(&self) -> Vec<String> {
-        let own = format!("{}-", self.guest.pid());
-        let all = names(Path::new(UNDO)).unwrap_or_default();
-        all.into_iter().filter(|name| name.starts_with(&own)).collect()
-    }
-
-    /// Waits until no process of the tool is left.
-    fn await_gone(&self) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(5);
-        loop {
-            match self.processes() {
-                left if left.is_empty() => return Ok(()),
-                left if Instant::now() > until => {
-                    return Err(failed(format_args!("left behind: {left:?}")));
-                }
-                _ => sleep(Duration::from_millis(2)),
-            }
-        }
-    }
-
     /// Nothing of a run is left: no process, no file, and the guest is as it was.
     fn assert_clean(&mut self) -> Result<()> {
-        self.await_gone()?;
-        self.recover()?;
-        let files = self.undo_files();
+        self.family.await_gone()?;
+        recover(self.lab, &self.guest)?;
+        let files = undo_files(&self.guest);
         if !files.is_empty() {
             return Err(failed(format_args!("recover left {files:?}")));
         }
@@ -358,7 +319,7 @@ impl<'a> Subject<'a> {
         let ended = run.end()?.expect(0)?;
         let tail = released.elapsed();
         let seen = watch.end()?;
-        assert_eq!((seen.holds, self.undo_files()), (1, vec![]), "{seen:?}");
+        assert_eq!((seen.holds, undo_files(&self.guest)), (1, vec![]), "{seen:?}");
         let manifest = ended.complete(self.lab)?;
         assert_eq!(manifest["class"], "instantaneous");
         let released = ended.events.iter().find(|event| event["event"] == "released");
@@ -434,17 +395,17 @@ impl Subject<'_> {
     fn victims(&self, cell: Cell, at: At, run: &Running) -> Vec<u32> {
         let capture = Some(run.pid()).filter(|pid| !proc::command_line(*pid).is_empty());
         let both = || {
-            let (capture, guardian) = (capture?, self.process("@guardian")?);
+            let (capture, guardian) = (capture?, self.family.with("@guardian")?);
             // Either may see the other die.
             Some(if at.backwards { vec![guardian, capture] } else { vec![capture, guardian] })
         };
         let one = |pid: Option<u32>| pid.into_iter().collect();
         match cell.victim {
             Victim::Capture => one(capture),
-            Victim::Guardian => one(self.process("@guardian")),
+            Victim::Guardian => one(self.family.with("@guardian")),
             Victim::Both => both().unwrap_or_default(),
-            Victim::Holder => one(self.process("@holder")),
-            Victim::Seal => one(self.process("@seal")),
+            Victim::Holder => one(self.family.with("@holder")),
+            Victim::Seal => one(self.family.with("@seal")),
         }
     }
 
@@ -464,15 +425,15 @@ impl Subject<'_> {
             self.outwait(cell, &watch, &run, &victims)?;
         }
         if cell.victim == Victim::Both && !victims.is_empty() {
-            self.await_dead(&victims)?;
-            let first = self.recover()?;
-            let second = self.recover()?;
+            await_dead(&victims)?;
+            let first = recover(self.lab, &self.guest)?;
+            let second = recover(self.lab, &self.guest)?;
             assert_eq!(
                 second,
                 "",
                 "recover is not idempotent: it said {first:?} before; {victims:?} of {:?}, {:?}",
-                self.processes(),
-                self.undo_files()
+                self.family.all(),
+                undo_files(&self.guest)
                     .iter()
                     .map(|file| fs::read_to_string(Path::new(UNDO).join(file)))
                     .collect::<Vec<_>>()
@@ -484,7 +445,7 @@ impl Subject<'_> {
         if !refused {
             came?;
         }
-        self.await_gone()?;
+        self.family.await_gone()?;
         let seen = watch.end()?;
         // The promise of both killed is `recover`'s.
         if (cell.victim, cell.hold) != (Victim::Both, Hold::Stop) {
@@ -522,26 +483,12 @@ impl Subject<'_> {
         // Nobody is left who would let it go.
         if watch.held() && victims.len() == 2 {
             sleep((struck + self.pace.budget + OVERDUE).saturating_duration_since(Instant::now()));
-            let said = self.recover()?;
+            let said = recover(self.lab, &self.guest)?;
             assert!(said.contains("were ended") && !watch.held_now(), "{said}");
         }
         for pid in victims {
             // Gone is as well.
             let _ = signal(*pid, Signal::KILL);
-        }
-        Ok(())
-    }
-
-    /// Waits until the kernel has done with them: then their files are closed.
-    fn await_dead(&self, pids: &[u32]) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(5);
-        let lives =
-            |pid: &u32| !matches!(proc::thread_states(*pid).as_deref(), Err(_) | Ok([] | ['Z']));
-        while pids.iter().any(lives) {
-            if Instant::now() > until {
-                return Err(failed(format_args!("of {pids:?} some do not die")));
-            }
-            sleep(Duration::from_millis(1));
         }
         Ok(())
     }
@@ -689,8 +636,8 @@ fn the_guardian_as_it_stops_the_guest(lab: &Lab) -> Result<()> {
         let out = new_dir(lab, "out")?;
         let watch = Watch::start(&subject, Hold::Stop)?;
         let run = subject.frozen(&out, Hold::Stop)?;
-        let guardian = subject.process("@guardian").ok_or_else(|| failed("no guardian"))?;
-        let files = subject.undo_files();
+        let guardian = subject.family.with("@guardian").ok_or_else(|| failed("no guardian"))?;
+        let files = undo_files(&subject.guest);
         let [file] = &*files else { return Err(failed(format_args!("undo files {files:?}"))) };
         let until = Instant::now() + Duration::from_secs(10);
         while !fs::read_to_string(Path::new(UNDO).join(file))?.contains("\"at\":\"stop\"") {
@@ -715,9 +662,6 @@ fn the_guardian_as_it_stops_the_guest(lab: &Lab) -> Result<()> {
     println!("         worst {worst:?} of {:?}; ended with {ends:?}", subject.pace.budget);
     subject.guest.finish()
 }
-
-/// Where the tool keeps what is to be undone.
-const UNDO: &str = "/run/stillframe";
 
 /// Some of all that, on Debian's own kernel.
 fn kills_around_a_kvm_guest(lab: &Lab) -> Result<()> {

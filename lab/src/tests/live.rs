@@ -125,7 +125,7 @@ fn assert_covers(guest: &mut Guest, image: &Image, format: &str) -> Result<()> {
     Ok(())
 }
 
-fn assert_equals_pmemsave(guest: &mut Guest, image: &Image) -> Result<()> {
+pub(super) fn assert_equals_pmemsave(guest: &mut Guest, image: &Image) -> Result<()> {
     for line in imaged(guest)? {
         let theirs = guest.pmemsave(line.gpa, line.len)?;
         let ours = image.read(line.gpa, line.len)?;

@@ -10,6 +10,7 @@ mod kills;
 mod live;
 mod outer;
 mod run;
+mod snapshot;
 mod tear;
 mod tearbench;
 mod track;
@@ -28,6 +29,9 @@ pub(crate) fn all() -> Vec<Test> {
         kills::AROUND,
         tear::TESTS,
         track::TESTS,
+        snapshot::TESTS,
+        snapshot::BLOWS,
+        snapshot::MEANWHILE,
         tearbench::TESTS,
         holds::TESTS,
         outer::TESTS,
@@ -37,6 +41,7 @@ pub(crate) fn all() -> Vec<Test> {
         kills::OUTER,
         tear::OUTER,
         track::OUTER,
+        snapshot::OUTER,
         tearbench::OUTER,
         holds::OUTER,
     ]

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread::{JoinHandle, spawn};
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use lab::{Doing, Guest, Lab, Result, failed, proc};
@@ -80,6 +80,75 @@ pub(super) fn assert_nothing_passes(lab: &Lab, out: &Path) -> Result<Left> {
         left.whole += usize::from(!partial);
     }
     Ok(left)
+}
+
+/// The tool's processes: all that run its program.
+#[derive(Debug)]
+pub(super) struct Family {
+    program: PathBuf,
+}
+
+impl Family {
+    pub(super) fn of(lab: &Lab) -> Result<Self> {
+        let program = lab.tool_command([""; 0])?.get_program().to_owned();
+        Ok(Self { program: fs::canonicalize(program)? })
+    }
+
+    /// Their numbers and command lines.
+    pub(super) fn all(&self) -> Vec<(u32, String)> {
+        let pids = proc::with_program(&self.program).into_iter();
+        pids.map(|pid| (pid, proc::command_line(pid))).collect()
+    }
+
+    /// The one with this argument.
+    pub(super) fn with(&self, argument: &str) -> Option<u32> {
+        let mut all = self.all().into_iter();
+        all.find(|(_, line)| line.contains(argument)).map(|(pid, _)| pid)
+    }
+
+    /// Waits until none is left.
+    pub(super) fn await_gone(&self) -> Result<()> {
+        let until = Instant::now() + Duration::from_secs(5);
+        loop {
+            match self.all() {
+                left if left.is_empty() => return Ok(()),
+                left if Instant::now() > until => {
+                    return Err(failed(format_args!("left behind: {left:?}")));
+                }
+                _ => sleep(Duration::from_millis(2)),
+            }
+        }
+    }
+}
+
+/// Waits until the kernel has done with them: then their files are closed.
+pub(super) fn await_dead(pids: &[u32]) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(5);
+    let lives =
+        |pid: &u32| !matches!(proc::thread_states(*pid).as_deref(), Err(_) | Ok([] | ['Z']));
+    while pids.iter().any(lives) {
+        if Instant::now() > until {
+            return Err(failed(format_args!("of {pids:?} some do not die")));
+        }
+        sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Where the tool keeps what is to be undone.
+pub(super) const UNDO: &str = "/run/stillframe";
+
+/// Files there that are about this guest.
+pub(super) fn undo_files(guest: &Guest) -> Vec<String> {
+    let own = format!("{}-", guest.pid());
+    let all = names(Path::new(UNDO)).unwrap_or_default();
+    all.into_iter().filter(|name| name.starts_with(&own)).collect()
+}
+
+/// `recover` for this guest: its output. It must find nothing that it cannot put right.
+pub(super) fn recover(lab: &Lab, guest: &Guest) -> Result<String> {
+    let vm = guest.pid().to_string();
+    Ok(lab.tool(["recover", &vm])?.expect_code(0).doing("recover")?.stdout)
 }
 
 /// Sends a signal to a process.
@@ -218,7 +287,7 @@ impl Running {
                     self.events
                 )));
             }
-            std::thread::sleep(Duration::from_millis(2));
+            sleep(Duration::from_millis(2));
         };
         let took = self.start.elapsed();
         while self.next(PATIENCE)?.is_some() {}

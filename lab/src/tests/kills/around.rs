@@ -13,7 +13,9 @@ use lab::{Doing, Lab, Result, failed, here, proc, runner};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::super::run::{Running, acquire, kill, names, new_dir, signal};
+use super::super::run::{
+    Running, acquire, await_dead, kill, names, new_dir, recover, signal, undo_files,
+};
 use super::{Hold, Seen, Subject, Watch};
 
 pub(crate) const TESTS: &[runner::Test] = here![
@@ -206,7 +208,7 @@ fn one_acquirer_a_vm(lab: &Lab) -> Result<()> {
     refused(&first)?;
     first.signal(Signal::KILL)?;
     first.end()?;
-    subject.await_gone()?;
+    subject.family.await_gone()?;
     for hold in Hold::BOTH {
         subject.whole(hold)?;
     }
@@ -247,20 +249,23 @@ fn recover_after_qemu(lab: &Lab) -> Result<()> {
         let out = new_dir(lab, hold.word())?;
         let mut run = subject.frozen(&out, hold)?;
         run.until(|event| event["event"] == "held")?;
-        let guardian = subject.process("@guardian").ok_or_else(|| failed("no guardian"))?;
+        let guardian = subject.family.with("@guardian").ok_or_else(|| failed("no guardian"))?;
         let both = [guardian, run.pid()];
         both.iter().try_for_each(|pid| signal(*pid, Signal::KILL))?;
         run.end()?;
-        subject.await_dead(&both)?;
+        await_dead(&both)?;
         kill(&subject.guest)?;
-        subject.await_dead(&[subject.guest.pid()])?;
-        assert_eq!(subject.undo_files().len(), 1);
-        let said = subject.recover()?;
+        await_dead(&[subject.guest.pid()])?;
+        assert_eq!(undo_files(&subject.guest).len(), 1);
+        let said = recover(subject.lab, &subject.guest)?;
         assert!(
             said.contains(if hold == Hold::Stop { "is gone" } else { "let them go" }),
             "{said}"
         );
-        assert_eq!((subject.undo_files(), subject.recover()?), (vec![], String::new()));
+        assert_eq!(
+            (undo_files(&subject.guest), recover(subject.lab, &subject.guest)?),
+            (vec![], String::new())
+        );
         // The lab's own sockets are as new.
         fs::remove_file(&subject.monitor)?;
         fs::remove_dir_all(out)?;
@@ -300,7 +305,7 @@ fn nobody_has_more_rights_than_it_needs(lab: &Lab) -> Result<()> {
         let out = new_dir(lab, hold.word())?;
         let mut run = subject.frozen(&out, hold)?;
         run.until(|event| event["event"] == "held")?;
-        let guardian = subject.process("@guardian").ok_or_else(|| failed("no guardian"))?;
+        let guardian = subject.family.with("@guardian").ok_or_else(|| failed("no guardian"))?;
         let of_guardian = statuses(guardian)?;
         let files = open_files(guardian)?;
         for status in &of_guardian {
@@ -315,7 +320,7 @@ fn nobody_has_more_rights_than_it_needs(lab: &Lab) -> Result<()> {
         assert!(!files.iter().any(memory), "the guardian has {files:?}");
 
         run.until(|event| event["event"] == "released")?;
-        let seal = until(Duration::from_secs(5), || subject.process("@seal"))?;
+        let seal = until(Duration::from_secs(5), || subject.family.with("@seal"))?;
         // Its threads: one that listens, one that says it lives, those that work, and itself.
         let works = || {
             let states = proc::thread_states(seal).ok()?;

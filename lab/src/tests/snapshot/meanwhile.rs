@@ -1,0 +1,211 @@
+//! What others do to the VM while QEMU sends its snapshot of it: the record says so, and an image
+//! that is said to be of one instant is.
+
+use std::fs;
+use std::thread::sleep;
+use std::time::{Duration, SystemTime};
+
+use lab::tearcheck::utc_ns;
+use lab::{Doing, Lab, Result, Ring, Version, failed, here, runner};
+use serde_json::{Value, json};
+
+use super::super::run::{Ended, await_dead, kill, new_dir, recover, undo_files, verify};
+use super::{Left, Subject};
+
+pub(crate) const TESTS: &[runner::Test] = here![
+    a_reset_meanwhile,
+    a_stop_and_cont_meanwhile,
+    a_guest_that_was_stopped_meanwhile_stays_so,
+    a_dimm_meanwhile,
+    qemu_quits_meanwhile,
+    qemu_is_killed_meanwhile,
+];
+
+/// The settings of a guest that takes DIMMs.
+const SLOTS: [&str; 2] = ["-m", "slots=2,maxmem=1G"];
+
+fn boot(lab: &Lab, version: Version) -> Result<Subject<'_>> {
+    let like = |guest: lab::Builder| guest.version(version).args(&SLOTS);
+    Subject::boot_like(lab, Ring::wide(256), like)
+}
+
+/// A run in the middle of whose stream `act` is done: the run's end, what it left, and what `act`
+/// gave. A run that ends before is none.
+fn meanwhile<T>(
+    subject: &mut Subject<'_>,
+    act: impl FnOnce(&mut Subject<'_>) -> Result<T>,
+) -> Result<(Ended, Left, T)> {
+    for n in 0..5 {
+        let out = new_dir(subject.lab, &format!("{}-{n}", subject.guest.pid()))?;
+        let mut run = subject.start(&out)?;
+        if !subject.await_stream(&mut run, 0.1)? || !subject.is_midway()? {
+            run.end()?;
+            subject.family.await_gone()?;
+            fs::remove_dir_all(&out)?;
+            continue;
+        }
+        let done = act(subject)?;
+        let ended = run.end()?;
+        subject.family.await_gone()?;
+        let left = subject.judge(&out, &ended)?;
+        return Ok((ended, left, done));
+    }
+    Err(failed("void: the stream is always over before"))
+}
+
+/// The run was whole, or says what is lost: 0 with the class, 3 without it.
+fn is_whole_or_says_why(ended: &Ended, left: Left) -> Result<Value> {
+    let (dir, manifest) = ended.exhibit()?;
+    let class = manifest["class"] != "none";
+    if left != Left::Whole || ended.status.code() != Some(if class { 0 } else { 3 }) {
+        return Err(failed(format_args!(
+            "{left:?}, class {}: ended with {}: {}",
+            manifest["class"], ended.status, ended.stderr
+        )));
+    }
+    let journal = fs::read_to_string(dir.join("journal.jsonl")).doing("reading the journal")?;
+    println!(
+        "         ended with {}, class {}, disturbances {}",
+        ended.status, manifest["class"], manifest["disturbances"]
+    );
+    Ok(json!({ "manifest": manifest, "journal": journal }))
+}
+
+/// QEMU's events that the journal tells of.
+fn told(record: &Value, event: &str) -> usize {
+    let quoted = format!("\"{event}\"");
+    record["journal"].as_str().unwrap_or_default().matches(&quoted).count()
+}
+
+/// The reset comes after the instant, and memory that it writes is sent as it was before.
+fn a_reset_meanwhile(lab: &Lab) -> Result<()> {
+    for version in [Version::V10_0, Version::V7_2] {
+        let mut subject = boot(lab, version)?;
+        let reset = |subject: &mut Subject<'_>| subject.guest.qmp("system_reset", json!({}));
+        let (ended, left, _) = meanwhile(&mut subject, reset)?;
+        let record = is_whole_or_says_why(&ended, left)?;
+        assert!(told(&record, "RESET") > 0, "the journal knows of no reset");
+        let seen = subject.guest.events()?;
+        assert!(seen.iter().any(|event| event == "RESET"), "void: {seen:?}");
+        // The firmware, then the ring from its beginning.
+        subject.await_clean(Duration::from_secs(60))?;
+        subject.guest.finish()?;
+    }
+    Ok(())
+}
+
+fn now_ns() -> Result<i64> {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    Ok(i64::try_from(since.as_nanos())?)
+}
+
+/// The instant is that of QEMU's own stop, not of anyone's later one.
+fn assert_before(manifest: &Value, moment_ns: i64) {
+    let tau = &manifest["tau"];
+    let at = tau["utc"].as_str().and_then(utc_ns);
+    assert!(at.is_some_and(|at| at < moment_ns), "{tau}, and the stop was at {moment_ns} ns");
+}
+
+fn a_stop_and_cont_meanwhile(lab: &Lab) -> Result<()> {
+    let mut subject = boot(lab, Version::V10_0)?;
+    let (ended, left, at) = meanwhile(&mut subject, |subject| {
+        let at = now_ns()?;
+        subject.guest.stop()?;
+        sleep(Duration::from_millis(20));
+        subject.guest.cont()?;
+        Ok(at)
+    })?;
+    let record = is_whole_or_says_why(&ended, left)?;
+    if record["manifest"]["class"] != "none" {
+        assert_before(&record["manifest"], at);
+    }
+    assert!(told(&record, "STOP") > 1 && told(&record, "RESUME") > 1, "the journal misses some");
+    subject.assert_clean()?;
+    subject.guest.finish()
+}
+
+/// Whoever stopped it lets it go on: not the tool.
+fn a_guest_that_was_stopped_meanwhile_stays_so(lab: &Lab) -> Result<()> {
+    let mut subject = boot(lab, Version::V10_0)?;
+    let (ended, left, at) = meanwhile(&mut subject, |subject| {
+        let at = now_ns()?;
+        subject.guest.stop()?;
+        Ok(at)
+    })?;
+    assert_eq!(subject.guest.status()?, "paused", "ended with {}", ended.status);
+    let record = is_whole_or_says_why(&ended, left)?;
+    if record["manifest"]["class"] != "none" {
+        assert_before(&record["manifest"], at);
+    }
+    assert_eq!(record["manifest"]["vm"]["run_state_after"], "paused");
+    recover(lab, &subject.guest)?;
+    assert_eq!(subject.guest.status()?, "paused", "after recover");
+    subject.guest.cont()?;
+    subject.assert_clean()?;
+    subject.guest.finish()
+}
+
+/// QEMU plugs nothing while it sends a snapshot. Should it do so one day, the map is another one
+/// afterwards.
+fn a_dimm_meanwhile(lab: &Lab) -> Result<()> {
+    for version in [Version::V10_0, Version::V7_2] {
+        let mut subject = boot(lab, version)?;
+        let (ended, left, plugged) = meanwhile(&mut subject, |subject| {
+            let memory = json!({ "qom-type": "memory-backend-ram", "id": "d0", "size": 64 << 20 });
+            subject.guest.qmp("object-add", memory)?;
+            let dimm = json!({ "driver": "pc-dimm", "id": "dimm0", "memdev": "d0" });
+            let plugged = subject.guest.qmp("device_add", dimm);
+            println!("         {version:?}: QEMU plugs a DIMM: {plugged:?}");
+            Ok(plugged.is_ok())
+        })?;
+        let record = is_whole_or_says_why(&ended, left)?;
+        assert_eq!(record["manifest"]["class"] == "none", plugged);
+        if !plugged {
+            subject.guest.qmp("object-del", json!({ "id": "d0" }))?;
+        }
+        subject.assert_clean()?;
+        subject.guest.finish()?;
+    }
+    Ok(())
+}
+
+/// A QEMU that is gone leaves a partial record, and nothing to put right.
+fn ends_partial(subject: Subject<'_>, ended: Ended, left: Left) -> Result<()> {
+    let ended = ended.expect(1)?;
+    let (dir, manifest) = ended.exhibit()?;
+    println!("         {}: {}", manifest["status"], manifest["end_reason"]);
+    assert_eq!((left, verify(subject.lab, &dir)?), (Left::Partial, Some(3)));
+    assert_eq!(
+        (&manifest["class"], &manifest["end_reason"]),
+        (&json!("none"), &ended.done("reason"))
+    );
+    assert!(!ended.done("reason").is_null(), "no reason");
+    recover(subject.lab, &subject.guest)?;
+    assert_eq!(undo_files(&subject.guest), [""; 0]);
+    Ok(())
+}
+
+fn qemu_quits_meanwhile(lab: &Lab) -> Result<()> {
+    for version in [Version::V10_0, Version::V7_2] {
+        let mut subject = boot(lab, version)?;
+        let (ended, left, _) = meanwhile(&mut subject, |subject| {
+            // The answer, or the end of the connection.
+            let _ = subject.guest.qmp("quit", json!({}));
+            await_dead(&[subject.guest.pid()])
+        })?;
+        ends_partial(subject, ended, left).doing(format_args!("{version:?}"))?;
+    }
+    Ok(())
+}
+
+fn qemu_is_killed_meanwhile(lab: &Lab) -> Result<()> {
+    for version in [Version::V10_0, Version::V7_2] {
+        let mut subject = boot(lab, version)?;
+        let (ended, left, ()) = meanwhile(&mut subject, |subject| {
+            kill(&subject.guest)?;
+            await_dead(&[subject.guest.pid()])
+        })?;
+        ends_partial(subject, ended, left).doing(format_args!("{version:?}"))?;
+    }
+    Ok(())
+}
