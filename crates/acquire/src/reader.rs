@@ -488,8 +488,8 @@ mod tests {
     /// Two blocks of the image, the second at an odd distance in the store.
     fn layout() -> Segments {
         let segments = [(0, BLOCK, 0), (8 * BLOCK, 4 * P, BLOCK + 4 * P)];
-        let segments = segments
-            .map(|(start, len, offset)| Segment { range: range(start, len), offset });
+        let segments =
+            segments.map(|(start, len, offset)| Segment { range: range(start, len), offset });
         Segments::new(segments.to_vec()).unwrap()
     }
 

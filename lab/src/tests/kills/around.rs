@@ -41,7 +41,7 @@ impl Subject<'_> {
     fn on_terminal(&self, out: &Path, hold: Hold, place: Place) -> Result<Typed> {
         let terminal = Terminal::open()?;
         let watch = Watch::start(self, hold)?;
-        let start = || Running::start_on(terminal.command(&self.freeze(out, hold)?, place)?);
+        let start = || Running::start_on(terminal.command(&self.acquire(out, hold)?, place)?);
         Ok(Typed { run: self.begin(start)?, terminal, watch })
     }
 
@@ -195,7 +195,7 @@ fn one_acquirer_a_vm(lab: &Lab) -> Result<()> {
     };
     let refused = |first: &Running| -> Result<()> {
         for hold in Hold::BOTH {
-            let ended = Running::start(subject.freeze(&second, hold)?)?.end()?.expect(4)?;
+            let ended = Running::start(subject.acquire(&second, hold)?)?.end()?.expect(4)?;
             ended.says(&["another acquisition", &format!("process {}", first.pid())])?;
             assert_eq!(names(&second)?, [""; 0]);
         }
@@ -221,7 +221,7 @@ fn recover_leaves_a_run_alone(lab: &Lab) -> Result<()> {
     let mut subject = Subject::boot(lab)?;
     for hold in Hold::BOTH {
         let out = new_dir(lab, hold.word())?;
-        let mut run = subject.frozen(&out, hold)?;
+        let mut run = subject.begun(&out, hold)?;
         let mut busy = 0;
         while run.runs()? {
             let said = lab.tool(["recover"])?.expect_code(0)?.stdout;
@@ -247,7 +247,7 @@ fn recover_after_qemu(lab: &Lab) -> Result<()> {
     for hold in Hold::BOTH {
         let subject = Subject::boot(lab)?;
         let out = new_dir(lab, hold.word())?;
-        let mut run = subject.frozen(&out, hold)?;
+        let mut run = subject.begun(&out, hold)?;
         run.until(|event| event["event"] == "held")?;
         let guardian = subject.family.with("@guardian").ok_or_else(|| failed("no guardian"))?;
         let both = [guardian, run.pid()];
@@ -303,7 +303,7 @@ fn nobody_has_more_rights_than_it_needs(lab: &Lab) -> Result<()> {
     let root = rustix::process::geteuid().is_root();
     for hold in Hold::BOTH {
         let out = new_dir(lab, hold.word())?;
-        let mut run = subject.frozen(&out, hold)?;
+        let mut run = subject.begun(&out, hold)?;
         run.until(|event| event["event"] == "held")?;
         let guardian = subject.family.with("@guardian").ok_or_else(|| failed("no guardian"))?;
         let of_guardian = statuses(guardian)?;
