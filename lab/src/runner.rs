@@ -308,6 +308,10 @@ pub fn run_outer(lab: &Lab, tests: &[Test]) -> Tally {
 fn in_outer(lab: &Lab, tests: &[Test]) -> Result<Tally> {
     let own = std::env::current_exe().doing("finding this program")?;
     let mut outer = Outer::new(&lab.kit).echo().file("job/stillframe-lab", &own);
+    if lab.full {
+        // A guest of 3 GiB, its image in the RAM store, and the exhibit.
+        outer = outer.memory_mib(12 << 10);
+    }
     outer = outer.file("lab/ring/ring.bin", &lab.kit.ring());
     let mut script = String::new();
     if let Some(tool) = &lab.tool {

@@ -23,6 +23,7 @@ pub(crate) const OUTER: &[lab::runner::Test] = outer![
     track_of_huge_pages_is_one_instant,
     a_busy_linux_guest_is_followed,
     a_merging_host_and_a_balloon_lose_nothing,
+    a_busy_guest_is_held_a_part_of_what_a_dump_takes,
 ];
 
 /// What the outer guest's translated CPU needs; a device of a counting guest writes nothing.
@@ -171,6 +172,70 @@ fn a_busy_linux_guest_is_followed(lab: &Lab) -> Result<()> {
     let mut guest = lab.guest().memory_mib(128).boot()?;
     guest.plant("dirty 8 20480", Duration::from_secs(60))?;
     followed(lab, &mut guest, lab.scale(2, 10), &[])?;
+    guest.finish()
+}
+
+/// All holds of `track` together, of a guest that rewrites its memory at half the rate at which it is
+/// copied, against the stop of QEMU's own dump to nowhere, in one run: the long form only.
+fn a_busy_guest_is_held_a_part_of_what_a_dump_takes(lab: &Lab) -> Result<()> {
+    if !lab.full {
+        println!("         in the long form only: it takes guests of 1 and 3 GiB");
+        return Ok(());
+    }
+    for (mib, huge) in [(1024, false), (1024, true), (3072, false), (3072, true)] {
+        let _huge = HugePages::set(if huge { "always" } else { "never" })?;
+        held_and_dumped(lab, mib, huge)?;
+    }
+    Ok(())
+}
+
+fn held_and_dumped(lab: &Lab, mib: u64, huge: bool) -> Result<()> {
+    let mut guest = lab.guest().memory_mib(mib).patience(Duration::from_secs(180)).boot()?;
+    let vm = guest.pid().to_string();
+    let plan = lab.tool(["plan", &vm, "--method", "live", "--json"])?.expect_code(0)?;
+    let plan: Value = serde_json::from_str(&plan.stdout)?;
+    let rate = plan["facts"]["hold"]["speed"]["bytes_per_s"].as_u64();
+    let rate = rate.ok_or_else(|| failed("the copy rate is not known"))?;
+    let pages = rate / 2 / 4096;
+    guest.plant(&format!("dirty {} {pages}", mib * 3 / 4), Duration::from_secs(600))?;
+    let mut rows = Vec::new();
+    // What was written within the horizon is read in the last hold: the horizon is what it costs.
+    for horizon in ["20ms", "100ms", "1s"] {
+        let flags = ["--stall-budget", "900ms", "--io-horizon", horizon, "--file-digest", "no"];
+        let out = new_dir(lab, "busy")?;
+        let mut command = lab.tool_command(["acquire", "--method", "track", "--json"])?;
+        command.args(flags).arg("-o").arg(&out).arg(&vm);
+        let ended = Running::start(command)?.end()?;
+        let mut figures = Figures::default();
+        if ended.status.code() == Some(0) {
+            let exhibit = Exhibit::open(&ended.exhibit()?.0)?;
+            assert_eq!(exhibit.manifest["class"], "quasi-instantaneous");
+            figures.add(&exhibit.manifest)?;
+            rows.push((horizon, figures));
+        } else {
+            println!("         horizon {horizon}: {}", ended.done("reason"));
+        }
+        fs::remove_dir_all(&out)?;
+    }
+    let began = std::time::Instant::now();
+    let arguments = json!({ "paging": false, "protocol": "file:/dev/null" });
+    guest.qmp("dump-guest-memory", arguments)?;
+    let dump = began.elapsed();
+    let resident = guest.rss()?;
+    for (horizon, figures) in &rows {
+        let held = Duration::from_nanos(figures.stalls);
+        let a_gib = |ns: u64| Duration::from_nanos(ns.saturating_mul(1 << 30) / resident.max(1));
+        println!(
+            "         {mib} MiB, huge pages {huge}, {pages} pages rewritten a second at half of {} MiB/s, \
+             horizon {horizon}: held {held:?} in all, dump {dump:?}: 1/{:.0}; a GiB: looks {:?}, clearing \
+             {:?}; {figures}",
+            rate >> 20,
+            dump.as_secs_f64() / held.as_secs_f64(),
+            a_gib(figures.scan),
+            a_gib(figures.clear),
+        );
+    }
+    assert!(!rows.is_empty(), "track converges at no horizon");
     guest.finish()
 }
 
