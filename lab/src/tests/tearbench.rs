@@ -14,7 +14,8 @@ use super::exhibit::acquire;
 
 pub(crate) const TESTS: &[lab::runner::Test] = here![freeze_of_linux_is_one_instant];
 
-pub(crate) const OUTER: &[lab::runner::Test] = outer![freeze_of_linux_under_kvm_is_one_instant];
+pub(crate) const OUTER: &[lab::runner::Test] =
+    outer![freeze_of_linux_under_kvm_is_one_instant, track_of_linux_under_kvm_is_one_instant];
 
 /// Memory of the guests: half of it lies below the hole, half above 4 GiB. In the outer guest, where
 /// an image takes ten times as long, as little as Linux comes up with.
@@ -274,6 +275,23 @@ fn freeze_of_linux_under_kvm_is_one_instant(lab: &Lab) -> Result<()> {
         method: "freeze",
         flags: &["--hold", "stop", "--stall-budget", "60s", "--file-digest", "no"],
         class: "instantaneous",
+        runs: 20,
+        controls: 2,
+    };
+    let mut subject = Subject::boot(lab, |guest| guest, &options())?;
+    subject.is_one_instant(lab, &trial)?;
+    subject.finish()
+}
+
+/// The guest works on while it is followed, and is held for less than a second each time.
+fn track_of_linux_under_kvm_is_one_instant(lab: &Lab) -> Result<()> {
+    if !lab.full {
+        return Err(skipped("takes some minutes: only in a full run"));
+    }
+    let trial = Trial {
+        method: "track",
+        flags: &["--stall-budget", "950ms", "--io-horizon", "50ms", "--file-digest", "no"],
+        class: "quasi-instantaneous",
         runs: 20,
         controls: 2,
     };
