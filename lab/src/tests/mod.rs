@@ -41,6 +41,7 @@ pub(crate) fn all() -> Vec<Test> {
         kills::OUTER,
         tear::OUTER,
         track::OUTER,
+        track::MEANWHILE,
         snapshot::OUTER,
         tearbench::OUTER,
         holds::OUTER,

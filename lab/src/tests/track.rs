@@ -1,6 +1,8 @@
 //! `track`: images of one instant of a guest that is held for milliseconds. The kernel of this
 //! machine need not track written pages: all of it is tried in the outer guest.
 
+mod meanwhile;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -26,6 +28,8 @@ pub(crate) const OUTER: &[lab::runner::Test] = outer![
     a_merging_host_and_a_balloon_lose_nothing,
     a_busy_guest_is_held_a_part_of_what_a_dump_takes,
 ];
+
+pub(crate) use meanwhile::OUTER as MEANWHILE;
 
 /// What the outer guest's translated CPU needs; a device of a counting guest writes nothing.
 const FLAGS: [&str; 4] = ["--stall-budget", "900ms", "--io-horizon", "50ms"];
