@@ -765,7 +765,7 @@ impl Guardian {
     pub fn end_snapshot(&mut self, whole: bool) -> Result<ShotEnd, GuardianError> {
         match self.ask(&Ask::SnapshotEnd { whole }, 2 * CONT)? {
             Reply::Shot(end) => {
-                if is_stopped(&end.run_state) && end.resume_us.is_none() {
+                if is_stopped(&end.run_state) && end.resumes_us.is_empty() {
                     self.not_as_found = Some(format!("the VM is {:?}", end.run_state));
                 }
                 if let Some(what) = &end.not_restored {

@@ -474,6 +474,10 @@ impl Run {
         if let Some(snapshot) = &shot.snapshot {
             work.log.add("snapshot", snapshot);
             self.warnings.extend(snapshot_doubts(snapshot));
+            if shot.end.is_ok() && snapshot.stop.is_none() {
+                let text = "QEMU did not tell when it stopped the guest: the instant is not known";
+                self.disturbances.push(text.to_owned());
+            }
         }
         self.snapshot = shot.snapshot.take();
         self.device_state = std::mem::take(&mut shot.device_state);

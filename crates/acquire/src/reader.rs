@@ -100,9 +100,9 @@ pub struct Whole {
     pub unaccounted: Option<String>,
     /// Bytes of the devices' state, in their file.
     pub device_state: u64,
-    /// When the first bytes came, by CLOCK_MONOTONIC in nanoseconds.
-    pub first_ns: u64,
-    /// When the last came.
+    /// When the first page had come, by CLOCK_MONOTONIC in nanoseconds; 0 if none did.
+    pub first_page_ns: u64,
+    /// When the stream's last bytes came.
     pub last_ns: u64,
 }
 
@@ -130,7 +130,7 @@ fn serve(mut channel: Channel) -> Result<(), String> {
     let listener = channel.try_clone().map_err(|e| told(&e))?;
     end_with_capture(listener).map_err(|e| told(&e))?;
     role::say(&mut channel, &Said::Begun(rights), PROMPT).map_err(|e| e.to_string())?;
-    let pulse = Pulsed { stream: File::from(stream), pulse: File::from(pulse), count: 0, at: None };
+    let pulse = Pulsed { stream: File::from(stream), pulse: File::from(pulse), count: 0, last_ns: 0 };
     let ended = take(&begin, pulse, store, Table::new(File::from(table)), &File::from(state));
     role::say(&mut channel, &Said::Ended(ended.map(Box::new)), PROMPT).map_err(|e| e.to_string())
 }
@@ -162,9 +162,8 @@ fn take(
     // What came is kept, whatever ended it.
     let kept = taker.finish(discarded);
     let rest = read.map_err(|error| told(&error))?;
-    let other_pages = kept.map_err(|e| told(&e))?;
+    let (other_pages, first_page_ns) = kept.map_err(|e| told(&e))?;
     state.write_all_at(&rest.device_state, 0).map_err(|e| told(&e))?;
-    let (first_ns, last_ns) = stream.at.unwrap_or_default();
     let devices = rest.devices.into_iter().map(|device| SnapshotDevice {
         name: device.name,
         instance: device.instance,
@@ -180,8 +179,8 @@ fn take(
         devices: devices.collect(),
         unaccounted: rest.unaccounted.map(|place| place.to_string()),
         device_state: rest.device_state.len() as u64,
-        first_ns,
-        last_ns,
+        first_page_ns,
+        last_ns: stream.last_ns,
     })
 }
 
@@ -190,15 +189,14 @@ struct Pulsed {
     stream: File,
     pulse: File,
     count: u64,
-    /// When the first bytes came, and the last.
-    at: Option<(u64, u64)>,
+    /// When the last bytes came.
+    last_ns: u64,
 }
 
 impl Read for Pulsed {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.stream.read(buffer)?;
-        let now = monotonic_ns();
-        self.at = Some((self.at.map_or(now, |(first, _)| first), now));
+        self.last_ns = monotonic_ns();
         self.count += read as u64;
         stall::beat(&self.pulse, self.count)?;
         Ok(read)
@@ -225,6 +223,7 @@ struct Taker {
     spare: Option<u64>,
     run: Option<Run>,
     other_pages: u64,
+    first_page_ns: u64,
     out: Out,
 }
 
@@ -262,6 +261,7 @@ impl Taker {
             spare: begin.spare,
             run: None,
             other_pages: 0,
+            first_page_ns: 0,
             out,
         })
     }
@@ -330,8 +330,9 @@ impl Taker {
         }
     }
 
-    /// All has come: gives back how many pages were at no place. The table is whole then.
-    fn finish(mut self, discarded: &[VirtioMem]) -> io::Result<u64> {
+    /// All has come: gives back how many pages were at no place, and when the first came. The table is
+    /// whole then.
+    fn finish(mut self, discarded: &[VirtioMem]) -> io::Result<(u64, u64)> {
         let flushed = self.flush();
         let table = match self.out {
             Out::Here(_, table) => table,
@@ -348,11 +349,14 @@ impl Taker {
         for (number, entry) in (0u64..).zip(&self.entries) {
             table.put(number, entry)?;
         }
-        Ok(self.other_pages)
+        Ok((self.other_pages, self.first_page_ns))
     }
 
     /// Gives the page at `offset` of the stream's block to every place that it has.
     fn each_place(&mut self, block: usize, offset: u64, bytes: Option<&[u8]>) -> io::Result<()> {
+        if self.first_page_ns == 0 {
+            self.first_page_ns = monotonic_ns();
+        }
         let places = self.by_block.get(block).map(Vec::as_slice).unwrap_or_default();
         let inside = |place: &&Place| offset >= place.offset && offset - place.offset < place.len;
         let gpas: Vec<u64> =
@@ -544,7 +548,7 @@ mod tests {
             }
             taker.zero_page(1, 2 * P).unwrap();
             taker.page(0, 0, &page(9)).unwrap();
-            assert_eq!(taker.finish(&[]).unwrap(), 1, "of video memory nothing is in the image");
+            assert_eq!(taker.finish(&[]).unwrap().0, 1, "of video memory nothing is in the image");
             let table = Table::new(table);
             let (low, high) = (table.get(0).unwrap(), table.get(1).unwrap());
             assert!(low.sealed && high.sealed);

@@ -30,6 +30,9 @@ const GOES_ON: Duration = Duration::from_millis(300);
 /// How often it is looked whether the stream is read.
 pub(super) const LOOK: Duration = Duration::from_millis(5);
 
+/// Stops that are kept.
+const TOLD: usize = 256;
+
 /// How often QEMU is asked how far it is.
 const ASK: Duration = Duration::from_millis(50);
 
@@ -38,10 +41,11 @@ const ASK: Duration = Duration::from_millis(50);
 pub struct ShotEnd {
     /// What QEMU says of it.
     pub migration: Migration,
-    /// When QEMU stopped the guest, in microseconds of UTC by the host's clock.
-    pub stop_us: Option<i64>,
-    /// When it let it go on.
-    pub resume_us: Option<i64>,
+    /// When the guest was stopped, by QEMU for the snapshot or by others, in microseconds of UTC by the
+    /// host's clock, in order.
+    pub stops_us: Vec<i64>,
+    /// When it was let go on.
+    pub resumes_us: Vec<i64>,
     /// The guardian broke the stream: why.
     pub broken: Option<String>,
     /// QEMU's settings are what they were; else what is not.
@@ -59,8 +63,8 @@ pub(super) struct Shot {
     parameters: Value,
     /// Events before it.
     events: usize,
-    stop_us: Option<i64>,
-    resume_us: Option<i64>,
+    stops_us: Vec<i64>,
+    resumes_us: Vec<i64>,
     asked: Instant,
     broken: Option<String>,
     end: Option<ShotEnd>,
@@ -127,8 +131,8 @@ impl Shot {
             found,
             parameters,
             events,
-            stop_us: None,
-            resume_us: None,
+            stops_us: Vec::new(),
+            resumes_us: Vec::new(),
             asked: Instant::now(),
             broken: None,
             end: None,
@@ -209,14 +213,16 @@ impl Shot {
         self.end.as_ref()
     }
 
-    /// Takes note of the stop and of its end: the first of each are the snapshot's.
+    /// Takes note of stops and of their ends.
     fn hear(&mut self, monitor: &mut Monitor, undo: &mut Undo) -> Result<(), AskError> {
         let told = monitor.told_since(self.events);
-        let first = |name: &str| told.iter().find(|event| event.name == name);
-        let resumed = first("RESUME").is_some();
-        self.stop_us = first("STOP").and_then(|event| event.utc_us);
-        let news = resumed && self.resume_us.is_none();
-        self.resume_us = first("RESUME").and_then(|event| event.utc_us);
+        let all = |name: &str| -> Vec<i64> {
+            let named = told.iter().filter(|event| event.name == name);
+            named.filter_map(|event| event.utc_us).take(TOLD).collect()
+        };
+        let (stops_us, resumes_us) = (all("STOP"), all("RESUME"));
+        let news = self.resumes_us.is_empty() && !resumes_us.is_empty();
+        (self.stops_us, self.resumes_us) = (stops_us, resumes_us);
         if news {
             // A guest that is found stopped from now on was stopped by somebody else.
             let found = self.found.clone();
@@ -231,7 +237,7 @@ impl Shot {
         undo: &mut Undo,
         migration: Migration,
     ) -> Result<(), AskError> {
-        put_back(monitor, &self.found, self.resume_us.is_some())?;
+        put_back(monitor, &self.found, !self.resumes_us.is_empty())?;
         self.hear(monitor, undo)?;
         let (_, parameters) = monitor.migration_settings()?;
         // Capabilities were looked at when they were put back.
@@ -241,8 +247,8 @@ impl Shot {
         announce(undo, &Line::Free)?;
         self.end = Some(ShotEnd {
             migration,
-            stop_us: self.stop_us,
-            resume_us: self.resume_us,
+            stops_us: self.stops_us.clone(),
+            resumes_us: self.resumes_us.clone(),
             broken: self.broken.take(),
             not_restored,
             run_state,

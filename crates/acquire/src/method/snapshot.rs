@@ -230,14 +230,12 @@ fn record(
     end: Option<&ShotEnd>,
     whole: Option<&Whole>,
 ) -> manifest::Snapshot {
-    let at = |us: Option<i64>| {
-        us.and_then(|us| host::clock::monotonic_at(began, us)).map(|ns| work.log.since_ns(ns))
-    };
-    let stop =
-        end.and_then(|end| Some(Span { t0_ns: at(end.stop_us)?, t1_ns: at(end.resume_us)? }));
+    let at = |us: i64| host::clock::monotonic_at(began, us).map(|ns| work.log.since_ns(ns));
+    let page_ns = whole.map(|whole| work.log.since_ns(whole.first_page_ns));
+    let stop = end.zip(page_ns).and_then(|(end, page_ns)| stop_of(end, at, page_ns));
     manifest::Snapshot {
         status: end.and_then(|end| end.migration.status.clone()),
-        stop: stop.filter(|stop| stop.t0_ns <= stop.t1_ns),
+        stop,
         qemu_downtime_ms: end.and_then(|end| end.migration.downtime),
         qemu_total_ms: end.and_then(|end| end.migration.total_time),
         expected_ns: planned.expected_ns,
@@ -252,6 +250,15 @@ fn record(
         devices: whole.map(|whole| whole.devices.clone()).unwrap_or_default(),
         unaccounted: whole.and_then(|whole| whole.unaccounted.clone()),
     }
+}
+
+/// The stop that was the snapshot's: the last before its first page came. `at` brings a time of
+/// QEMU's to that of the record.
+fn stop_of(end: &ShotEnd, at: impl Fn(i64) -> Option<u64>, page_ns: u64) -> Option<Span> {
+    let stops = end.stops_us.iter().rev().filter_map(|us| at(*us));
+    let t0_ns = stops.into_iter().find(|ns| *ns <= page_ns)?;
+    let t1_ns = end.resumes_us.iter().filter_map(|us| at(*us)).find(|ns| *ns >= t0_ns)?;
+    Some(Span { t0_ns, t1_ns })
 }
 
 /// A snapshot under way.
@@ -362,7 +369,8 @@ impl<'a> Taking<'a> {
     /// Takes over what the reader says of each block.
     fn collect(&self, cells: &mut [Cell], whole: Option<&Whole>, passes: &mut Vec<Pass>) {
         let log = self.work.log;
-        let came = whole.map(|whole| (log.since_ns(whole.first_ns), log.since_ns(whole.last_ns)));
+        let came =
+            whole.map(|whole| (log.since_ns(whole.first_page_ns), log.since_ns(whole.last_ns)));
         let (t0_ns, t1_ns) = came.unwrap_or((self.began_ns, log.now_ns()));
         let span = Span { t0_ns, t1_ns };
         let mut bytes = 0;
@@ -382,6 +390,9 @@ impl<'a> Taking<'a> {
         }
         if bytes > 0 {
             passes.push(Pass { n: 1, span, bytes, changed_pages: None });
+            let took_ns = span.t1_ns.saturating_sub(span.t0_ns);
+            let event = Event::Pass { pass: 1, bytes, took_ns, changed_pages: None };
+            self.work.observer.event(event);
         }
     }
 
@@ -455,4 +466,29 @@ fn protected(work: &Work<'_>, at: GuestRange, buffer: &mut Vec<u8>) -> Option<(D
     is_protected()?;
     (states == [PageState::Data] || states == [PageState::Zero])
         .then(|| (sha256(buffer), Span { t0_ns, t1_ns: work.log.now_ns() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qemu::facts::Migration;
+
+    #[test]
+    fn the_stop_is_the_last_before_the_first_page() {
+        let end = |stops_us: &[i64], resumes_us: &[i64]| ShotEnd {
+            migration: Migration::default(),
+            stops_us: stops_us.to_vec(),
+            resumes_us: resumes_us.to_vec(),
+            broken: None,
+            not_restored: None,
+            run_state: "running".into(),
+        };
+        let stop = |end: &ShotEnd| stop_of(end, |us| u64::try_from(us).ok(), 100);
+        let span = |t0_ns, t1_ns| Some(Span { t0_ns, t1_ns });
+        assert_eq!(stop(&end(&[90], &[110])), span(90, 110));
+        // Others stopped it before, and after.
+        assert_eq!(stop(&end(&[10, 90, 200], &[20, 95, 210])), span(90, 95));
+        assert_eq!(stop(&end(&[200], &[210])), None);
+        assert_eq!(stop(&end(&[90], &[])), None);
+    }
 }
