@@ -130,7 +130,8 @@ fn serve(mut channel: Channel) -> Result<(), String> {
     let listener = channel.try_clone().map_err(|e| told(&e))?;
     end_with_capture(listener).map_err(|e| told(&e))?;
     role::say(&mut channel, &Said::Begun(rights), PROMPT).map_err(|e| e.to_string())?;
-    let pulse = Pulsed { stream: File::from(stream), pulse: File::from(pulse), count: 0, last_ns: 0 };
+    let pulse =
+        Pulsed { stream: File::from(stream), pulse: File::from(pulse), count: 0, last_ns: 0 };
     let ended = take(&begin, pulse, store, Table::new(File::from(table)), &File::from(state));
     role::say(&mut channel, &Said::Ended(ended.map(Box::new)), PROMPT).map_err(|e| e.to_string())
 }

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use lab::{Accel, Doing, Guest, Lab, Qmp, Result, failed, here, outer, proc, runner};
+use lab::{Accel, Doing, Guest, Lab, Qmp, Result, failed, here, outer, proc, runner, skipped};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -709,12 +709,14 @@ fn kills_around_a_kvm_guest(lab: &Lab) -> Result<()> {
     subject.guest.finish()
 }
 
-/// Blows to each of the processes of `track`, which holds the guest several times.
+/// Blows to each of the processes of `track`, which holds the guest several times; in the short form
+/// to those that have something to undo.
 fn tracked(lab: &Lab, signal: Signal) -> Result<()> {
+    let victims = [Victim::Capture, Victim::Guardian, Victim::Holder, Victim::Both, Victim::Seal];
     let mut subject = Subject::boot(lab)?;
     subject.method = Method::Track;
-    for victim in [Victim::Capture, Victim::Guardian, Victim::Both, Victim::Holder, Victim::Seal] {
-        blows(&mut subject, signal, victim, lab.scale(1, 60))?;
+    for victim in &victims[..lab.scale(3, victims.len())] {
+        blows(&mut subject, signal, *victim, lab.scale(1, 60))?;
     }
     subject.guest.finish()
 }
@@ -724,5 +726,8 @@ fn sigkill_of_track(lab: &Lab) -> Result<()> {
 }
 
 fn sigstop_of_track(lab: &Lab) -> Result<()> {
+    if !lab.full {
+        return Err(skipped("a blow takes ten seconds: only in a full run"));
+    }
     tracked(lab, Signal::STOP)
 }
