@@ -355,7 +355,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         snapshot,
         output_bytes,
         changes: changes(facts, store, way),
-        warnings: warnings(facts, hold),
+        warnings: warnings(facts, hold, snapshot),
     })
 }
 
@@ -942,8 +942,19 @@ pub fn hold_caveats(facts: &Facts, hold: Option<PlannedHold>) -> Vec<String> {
     caveats
 }
 
-fn warnings(facts: &Facts, hold: Option<PlannedHold>) -> Vec<String> {
+fn warnings(
+    facts: &Facts,
+    hold: Option<PlannedHold>,
+    snapshot: Option<PlannedSnapshot>,
+) -> Vec<String> {
     let mut warnings = hold_caveats(facts, hold);
+    if snapshot.is_some() && facts.max_rate.is_some() {
+        warnings.push(
+            "--max-rate is not kept: a snapshot is read as fast as QEMU sends it, for the guest may wait \
+             for it"
+                .to_owned(),
+        );
+    }
     if facts.run_state != "running" {
         warnings.push(format!("the VM's run state is {:?}; it is left so", facts.run_state));
     }
@@ -1256,6 +1267,8 @@ mod tests {
         assert_eq!(plan.class, Class::QuasiInstantaneous);
         assert_eq!(plan.snapshot.unwrap().expected_ns, 55_000_000);
         assert!(plan.hold.is_none() && plan.changes[0].contains("put back"), "{:?}", plan.changes);
+        let limited = Facts { max_rate: Some(1), ..shootable() };
+        assert!(choose(&limited, &wish).unwrap().warnings[0].contains("--max-rate"));
         let short = Wish { stall_budget: Duration::from_millis(50), ..wish.clone() };
         let refusal = refused(&shootable(), &short, "55 ms");
         assert_eq!(refusal.remedies, ["--stall-budget 100ms"]);

@@ -410,7 +410,7 @@ fn rings_of_kvm_guests_are_of_one_instant(lab: &Lab) -> Result<()> {
     let all = cases(lab, |ring| ring);
     // There is one QEMU in the outer guest.
     let cases: Vec<Case> = all.into_iter().filter(|case| case.2 == Version::V10_0).collect();
-    of_one_instant(lab, &cases, lab.scale(3, 30), lab.scale(1, 5))
+    of_one_instant(lab, &cases, lab.scale(2, 60), lab.scale(1, 5))
 }
 
 fn linux_is_of_one_instant(lab: &Lab) -> Result<()> {

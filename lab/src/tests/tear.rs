@@ -122,7 +122,7 @@ fn freeze_is_one_instant(lab: &Lab) -> Result<()> {
 }
 
 fn freeze_of_a_kvm_guest_is_one_instant(lab: &Lab) -> Result<()> {
-    freeze(lab, lab.scale(3, 30), lab.scale(1, 5))
+    freeze(lab, lab.scale(3, 60), lab.scale(1, 5))
 }
 
 /// `n` images, none of them torn; then the controls of the same guest, without which that would
