@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
 use lab::tearcheck::utc_ns;
-use lab::{Doing, Lab, Result, Ring, Version, failed, here, runner};
+use lab::{Doing, Lab, Result, Ring, failed, here, runner};
 use serde_json::{Value, json};
 
 use super::super::run::{Ended, await_dead, kill, new_dir, recover, undo_files, verify};
@@ -24,9 +24,8 @@ pub(crate) const TESTS: &[runner::Test] = here![
 /// The settings of a guest that takes DIMMs.
 const SLOTS: [&str; 2] = ["-m", "slots=2,maxmem=1G"];
 
-fn boot(lab: &Lab, version: Version) -> Result<Subject<'_>> {
-    let like = |guest: lab::Builder| guest.version(version).args(&SLOTS);
-    Subject::boot_like(lab, Ring::wide(256), like)
+fn boot(lab: &Lab) -> Result<Subject<'_>> {
+    Subject::boot_like(lab, Ring::wide(256), |guest| guest.args(&SLOTS))
 }
 
 /// A run in the middle of whose stream `act` is done: the run's end, what it left, and what `act`
@@ -79,19 +78,16 @@ fn told(record: &Value, event: &str) -> usize {
 
 /// The reset comes after the instant, and memory that it writes is sent as it was before.
 fn a_reset_meanwhile(lab: &Lab) -> Result<()> {
-    for version in [Version::V10_0, Version::V7_2] {
-        let mut subject = boot(lab, version)?;
-        let reset = |subject: &mut Subject<'_>| subject.guest.qmp("system_reset", json!({}));
-        let (ended, left, _) = meanwhile(&mut subject, reset)?;
-        let record = is_whole_or_says_why(&ended, left)?;
-        assert!(told(&record, "RESET") > 0, "the journal knows of no reset");
-        let seen = subject.guest.events()?;
-        assert!(seen.iter().any(|event| event == "RESET"), "void: {seen:?}");
-        // The firmware, then the ring from its beginning.
-        subject.await_clean(Duration::from_secs(60))?;
-        subject.guest.finish()?;
-    }
-    Ok(())
+    let mut subject = boot(lab)?;
+    let reset = |subject: &mut Subject<'_>| subject.guest.qmp("system_reset", json!({}));
+    let (ended, left, _) = meanwhile(&mut subject, reset)?;
+    let record = is_whole_or_says_why(&ended, left)?;
+    assert!(told(&record, "RESET") > 0, "the journal knows of no reset");
+    let seen = subject.guest.events()?;
+    assert!(seen.iter().any(|event| event == "RESET"), "void: {seen:?}");
+    // The firmware, then the ring from its beginning.
+    subject.await_clean(Duration::from_secs(60))?;
+    subject.guest.finish()
 }
 
 fn now_ns() -> Result<i64> {
@@ -107,7 +103,7 @@ fn assert_before(manifest: &Value, moment_ns: i64) {
 }
 
 fn a_stop_and_cont_meanwhile(lab: &Lab) -> Result<()> {
-    let mut subject = boot(lab, Version::V10_0)?;
+    let mut subject = boot(lab)?;
     let (ended, left, at) = meanwhile(&mut subject, |subject| {
         let at = now_ns()?;
         subject.guest.stop()?;
@@ -126,7 +122,7 @@ fn a_stop_and_cont_meanwhile(lab: &Lab) -> Result<()> {
 
 /// Whoever stopped it lets it go on: not the tool.
 fn a_guest_that_was_stopped_meanwhile_stays_so(lab: &Lab) -> Result<()> {
-    let mut subject = boot(lab, Version::V10_0)?;
+    let mut subject = boot(lab)?;
     let (ended, left, at) = meanwhile(&mut subject, |subject| {
         let at = now_ns()?;
         subject.guest.stop()?;
@@ -148,25 +144,22 @@ fn a_guest_that_was_stopped_meanwhile_stays_so(lab: &Lab) -> Result<()> {
 /// QEMU plugs nothing while it sends a snapshot. Should it do so one day, the map is another one
 /// afterwards.
 fn a_dimm_meanwhile(lab: &Lab) -> Result<()> {
-    for version in [Version::V10_0, Version::V7_2] {
-        let mut subject = boot(lab, version)?;
-        let (ended, left, plugged) = meanwhile(&mut subject, |subject| {
-            let memory = json!({ "qom-type": "memory-backend-ram", "id": "d0", "size": 64 << 20 });
-            subject.guest.qmp("object-add", memory)?;
-            let dimm = json!({ "driver": "pc-dimm", "id": "dimm0", "memdev": "d0" });
-            let plugged = subject.guest.qmp("device_add", dimm);
-            println!("         {version:?}: QEMU plugs a DIMM: {plugged:?}");
-            Ok(plugged.is_ok())
-        })?;
-        let record = is_whole_or_says_why(&ended, left)?;
-        assert_eq!(record["manifest"]["class"] == "none", plugged);
-        if !plugged {
-            subject.guest.qmp("object-del", json!({ "id": "d0" }))?;
-        }
-        subject.assert_clean()?;
-        subject.guest.finish()?;
+    let mut subject = boot(lab)?;
+    let (ended, left, plugged) = meanwhile(&mut subject, |subject| {
+        let memory = json!({ "qom-type": "memory-backend-ram", "id": "d0", "size": 64 << 20 });
+        subject.guest.qmp("object-add", memory)?;
+        let dimm = json!({ "driver": "pc-dimm", "id": "dimm0", "memdev": "d0" });
+        let plugged = subject.guest.qmp("device_add", dimm);
+        println!("         QEMU plugs a DIMM: {plugged:?}");
+        Ok(plugged.is_ok())
+    })?;
+    let record = is_whole_or_says_why(&ended, left)?;
+    assert_eq!(record["manifest"]["class"] == "none", plugged);
+    if !plugged {
+        subject.guest.qmp("object-del", json!({ "id": "d0" }))?;
     }
-    Ok(())
+    subject.assert_clean()?;
+    subject.guest.finish()
 }
 
 /// A QEMU that is gone leaves a partial record, and nothing to put right.
@@ -186,26 +179,20 @@ fn ends_partial(subject: Subject<'_>, ended: Ended, left: Left) -> Result<()> {
 }
 
 fn qemu_quits_meanwhile(lab: &Lab) -> Result<()> {
-    for version in [Version::V10_0, Version::V7_2] {
-        let mut subject = boot(lab, version)?;
-        let (ended, left, _) = meanwhile(&mut subject, |subject| {
-            // The answer, or the end of the connection.
-            let _ = subject.guest.qmp("quit", json!({}));
-            await_dead(&[subject.guest.pid()])
-        })?;
-        ends_partial(subject, ended, left).doing(format_args!("{version:?}"))?;
-    }
-    Ok(())
+    let mut subject = boot(lab)?;
+    let (ended, left, _) = meanwhile(&mut subject, |subject| {
+        // The answer, or the end of the connection.
+        let _ = subject.guest.qmp("quit", json!({}));
+        await_dead(&[subject.guest.pid()])
+    })?;
+    ends_partial(subject, ended, left)
 }
 
 fn qemu_is_killed_meanwhile(lab: &Lab) -> Result<()> {
-    for version in [Version::V10_0, Version::V7_2] {
-        let mut subject = boot(lab, version)?;
-        let (ended, left, ()) = meanwhile(&mut subject, |subject| {
-            kill(&subject.guest)?;
-            await_dead(&[subject.guest.pid()])
-        })?;
-        ends_partial(subject, ended, left).doing(format_args!("{version:?}"))?;
-    }
-    Ok(())
+    let mut subject = boot(lab)?;
+    let (ended, left, ()) = meanwhile(&mut subject, |subject| {
+        kill(&subject.guest)?;
+        await_dead(&[subject.guest.pid()])
+    })?;
+    ends_partial(subject, ended, left)
 }
