@@ -308,9 +308,9 @@ fn a_stream_that_nobody_reads_stops_the_ring(lab: &Lab) -> Result<()> {
     subject.guest.finish()
 }
 
-/// Before 8.1 QEMU keeps the protection of a snapshot that was broken off or cancelled, and the guest
-/// waits for ever, while QEMU says that it runs. ("migration: stop tracking ram writes when cancelling
-/// background migration", 2023; Debian's 7.2.22 has it not.)
+/// Before 8.1 QEMU keeps the protection of a snapshot that broke off or was cancelled: the guest waits
+/// for ever, and QEMU says that it runs. Mended by "migration: stop tracking ram writes when
+/// cancelling background migration" (3a8b81f2e639, 2023), which Debian's 7.2.22 has not.
 fn an_old_qemu_that_is_left_alone_hangs_for_ever(lab: &Lab) -> Result<()> {
     let (mut subject, _) = nobody_reads(lab, Version::V7_2)?;
     let hangs = subject.writer.stands(Duration::from_secs(3))?;
