@@ -180,6 +180,7 @@ fn facts(
         Some(path) => Some(output_facts(path, target)?),
         None => None,
     };
+    let snapshot = snapshot_facts(target, located, memory, &usage, &qemu);
     Ok(Facts {
         run_state: qemu.vm.run_state.clone(),
         confidential: None,
@@ -187,7 +188,7 @@ fn facts(
         watchdogs: qemu.watchdogs,
         hold: hold_facts(target, memory, resident, &usage),
         track: track_facts(memory),
-        snapshot: snapshot_facts(target, located, memory, &usage, qemu.snapshots, qemu.block_jobs),
+        snapshot,
         max_rate: request.max_rate,
         image_bytes: located.map.imaged_len(),
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
@@ -256,31 +257,42 @@ fn track_facts(memory: &GuestMemory) -> TrackFacts {
     }
 }
 
+/// The first QEMU that lets a guest go on when its snapshot is broken off.
+const SAFE_QEMU: (u32, u32) = (8, 1);
+
 /// Whether QEMU can take a snapshot of this VM on this host.
 fn snapshot_facts(
     target: &Target,
     located: &Located,
     memory: &GuestMemory,
     usage: &[Usage],
-    snapshots: bool,
-    block_jobs: Vec<String>,
+    qemu: &FromQemu<'_>,
 ) -> SnapshotFacts {
     let holes = memory.places().iter().zip(usage).filter_map(|(held, usage)| {
         let shared = matches!(held.mapping(), Mapping::Shared | Mapping::SharedHugetlb);
         shared.then(|| held.place().range.len().saturating_sub(usage.resident))
     });
-    let known =
-        SnapshotFacts { shared_hole_bytes: holes.sum(), block_jobs, ..SnapshotFacts::default() };
+    let known = SnapshotFacts {
+        shared_hole_bytes: holes.sum(),
+        block_jobs: qemu.block_jobs.clone(),
+        ..SnapshotFacts::default()
+    };
     let unfit = |why: String, remedy: Option<&str>| SnapshotFacts {
         unfit: Some(why),
         remedy: remedy.map(str::to_owned),
         ..known.clone()
     };
-    if !snapshots {
+    if !qemu.snapshots {
         return unfit(
             "this QEMU has no background-snapshot (since 6.0, on Linux)".to_owned(),
             None,
         );
+    }
+    if qemu.vm.qemu < SAFE_QEMU {
+        // Lab: an_old_qemu_that_is_left_alone_hangs_for_ever.
+        let why = "before 8.1 it leaves the guest's memory protected when a snapshot is broken off, and \
+                   the guest then waits for ever (QEMU's commit 3a8b81f2e639)";
+        return unfit(why.to_owned(), None);
     }
     if let Some(held) = memory.places().iter().find(|held| held.page_size() >= 1 << 30) {
         return unfit(format!("{} lies on pages of 1 GiB", held.place().range), None);

@@ -60,6 +60,8 @@ pub enum AskError {
 pub struct VmFacts {
     /// QEMU's version and package.
     pub qemu_version: String,
+    /// The first two numbers of its version.
+    pub qemu: (u32, u32),
     /// The machine type.
     pub machine: String,
     /// The VM's name, when QEMU has one.
@@ -299,6 +301,7 @@ impl Monitor {
             )
             .trim_end()
             .to_owned(),
+            qemu: (number.major, number.minor),
             machine: facts.machine_type()?,
             name: facts.name()?,
             uuid: Some(facts.uuid()?).filter(|uuid| uuid != nil),
