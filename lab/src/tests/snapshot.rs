@@ -402,17 +402,19 @@ fn cases(like: impl Fn(Ring) -> Ring) -> [(Ring, Backing); 4] {
 }
 
 fn fast_rings_are_of_one_instant(lab: &Lab) -> Result<()> {
-    of_one_instant(lab, &cases(|ring| ring), lab.scale(10, 60), lab.scale(2, 10))
+    let cases = cases(|ring| ring);
+    of_one_instant(lab, &cases[..lab.scale(2, 4)], lab.scale(10, 60), lab.scale(1, 10))
 }
 
 /// A slow writer leaves its pages protected for longer: more are sent before it comes to them.
 fn slow_rings_are_of_one_instant(lab: &Lab) -> Result<()> {
     let cases = cases(|ring| ring.delay(100_000));
-    of_one_instant(lab, &cases[..lab.scale(2, 4)], lab.scale(10, 60), lab.scale(1, 5))
+    of_one_instant(lab, &cases[..lab.scale(1, 4)], lab.scale(10, 60), lab.scale(1, 5))
 }
 
 fn rings_of_kvm_guests_are_of_one_instant(lab: &Lab) -> Result<()> {
-    of_one_instant(lab, &cases(|ring| ring), lab.scale(2, 60), lab.scale(1, 5))
+    let cases = cases(|ring| ring);
+    of_one_instant(lab, &cases[..lab.scale(2, 4)], lab.scale(2, 60), lab.scale(1, 5))
 }
 
 fn linux_is_of_one_instant(lab: &Lab) -> Result<()> {
@@ -423,7 +425,8 @@ fn linux_is_of_one_instant(lab: &Lab) -> Result<()> {
         runs: lab.scale(3, 25),
         controls: lab.scale(1, 8),
     };
-    for backing in [Backing::Anonymous, Backing::Memfd] {
+    let backings = [Backing::Anonymous, Backing::Memfd];
+    for &backing in &backings[..lab.scale(1, 2)] {
         let like = |guest: Builder| guest.backing(backing);
         let subject = tearbench::Subject::boot(lab, like, &Options::default());
         let tried = subject.and_then(|mut subject| {

@@ -228,33 +228,33 @@ fn blows(lab: &Lab, signal: Signal, victim: Victim, count: u32) -> Result<()> {
 }
 
 fn sigint_meanwhile(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::INT, Victim::Capture, lab.scale(3, 50))
+    blows(lab, Signal::INT, Victim::Capture, lab.scale(3, 300))
 }
 
 fn sigkill_of_capture(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Capture, lab.scale(3, 50))
+    blows(lab, Signal::KILL, Victim::Capture, lab.scale(3, 300))
 }
 
 fn sigkill_of_guardian(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Guardian, lab.scale(3, 50))
+    blows(lab, Signal::KILL, Victim::Guardian, lab.scale(3, 300))
 }
 
 fn sigkill_of_both(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Both, lab.scale(3, 50))
+    blows(lab, Signal::KILL, Victim::Both, lab.scale(3, 300))
 }
 
 fn sigkill_of_reader(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Reader, lab.scale(3, 50))
+    blows(lab, Signal::KILL, Victim::Reader, lab.scale(3, 300))
 }
 
 fn sigstop_of_capture(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::STOP, Victim::Capture, lab.scale(3, 20))
+    blows(lab, Signal::STOP, Victim::Capture, lab.scale(3, 300))
 }
 
 fn sigstop_of_guardian(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::STOP, Victim::Guardian, lab.scale(3, 20))
+    blows(lab, Signal::STOP, Victim::Guardian, lab.scale(3, 300))
 }
 
 fn sigstop_of_reader(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::STOP, Victim::Reader, lab.scale(3, 20))
+    blows(lab, Signal::STOP, Victim::Reader, lab.scale(3, 300))
 }
