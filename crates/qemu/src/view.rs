@@ -180,7 +180,16 @@ impl GuestView {
     /// Whether the guest's memory is laid out the same in both views. The texts may differ: QEMU
     /// prints flat views in no fixed order.
     pub fn same_memory(&self, other: &Self) -> bool {
-        self.regions == other.regions && self.size == other.size && self.devices == other.devices
+        let region = |view: &Self, place: &ViewRegion| {
+            // Blocks that no region shows come and go, and move the others in the list.
+            let block = place.block_index.and_then(|index| view.blocks.get(index)).cloned();
+            (ViewRegion { block_index: None, ..place.clone() }, block)
+        };
+        let regions = |view: &Self| -> Vec<_> {
+            view.regions.iter().map(|place| region(view, place)).collect()
+        };
+        let same = self.size == other.size && self.devices == other.devices;
+        same && regions(self) == regions(other)
     }
 }
 

@@ -230,6 +230,17 @@ fn regions() {
         insta::assert_snapshot!(format!("regions-{}", golden.name), render_regions(&view));
         assert_eq!(view.mtree, golden.text("info-mtree-f-o.txt"));
         assert!(view.same_memory(&take(golden.answers()).unwrap()));
+        // A block that no region shows, such as a backend without a device, is no memory of the guest's.
+        let mut other = view.clone();
+        let unused = qemu::RamBlock { name: "spare".into(), ..other.blocks[0].clone() };
+        other.blocks.insert(0, unused);
+        for region in &mut other.regions {
+            region.block_index = region.block_index.map(|index| index + 1);
+        }
+        assert!(view.same_memory(&other));
+        other.blocks[1].used += 4096;
+        let shows = view.regions.iter().any(|region| region.block_index == Some(0));
+        assert_eq!(view.same_memory(&other), !shows);
     }
 }
 
