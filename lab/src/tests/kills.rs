@@ -231,7 +231,7 @@ struct Subject<'a> {
 }
 
 /// Waits until the firmware changes the memory map no more.
-fn settle(guest: &mut Guest) -> Result<()> {
+pub(super) fn settle(guest: &mut Guest) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(60);
     let mut before = String::new();
     while Instant::now() < until {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use lab::{Builder, Doing, Guest, Lab, Result, failed, outer};
 use serde_json::{Value, json};
 
+use super::super::kills::settle;
 use super::super::run::{Ended, Running, await_dead, kill, new_dir, recover, undo_files, verify};
 
 pub(crate) const OUTER: &[lab::runner::Test] = outer![others_change_the_machine_meanwhile];
@@ -116,6 +117,7 @@ fn others_change_the_machine_meanwhile(lab: &Lab) -> Result<()> {
     // A guest for all that it survives.
     let mut guest = boot(lab)?;
     for act in &ACTS[..lab.scale(4, 6)] {
+        settle(&mut guest)?;
         let ended = meanwhile(lab, &mut guest, act).doing(act.name)?;
         judge(lab, &mut guest, act, ended).doing(act.name)?;
         if act.code == 1 {
