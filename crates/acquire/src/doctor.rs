@@ -159,7 +159,8 @@ fn protection() -> Check {
         Ok(probe) => Check::good(
             NAME,
             format!(
-                "userfaultfd works: protecting takes {} ms a GiB, tried out on memory of our own;                  whether QEMU may use it, plan says for each VM",
+                "userfaultfd works: protecting takes {} ms a GiB, tried out on memory of our own; \
+                 whether QEMU may use it, plan says for each VM",
                 probe.protect_a_gib.as_millis()
             ),
         ),
@@ -167,7 +168,8 @@ fn protection() -> Check {
             NAME,
             Verdict::Limited,
             format!("no images by snapshot, as far as we can see: {error}"),
-            "root, or sysctl vm.unprivileged_userfaultfd=1: it lets every user's programs delay the              kernel at chosen places, which exploits use",
+            "root, or sysctl vm.unprivileged_userfaultfd=1: it lets every user's programs delay the \
+             kernel at chosen places, which exploits use",
         ),
     }
 }

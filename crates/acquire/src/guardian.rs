@@ -7,7 +7,7 @@
 
 mod snapshot;
 
-pub use snapshot::ShotEnd;
+pub use snapshot::{ShotEnd, Stops};
 
 use crate::find::Target;
 use crate::log::{Log, Note, Notes};
@@ -175,8 +175,8 @@ pub fn undo(
                         None => monitor.insert(Monitor::open(&whom, notes)?),
                     };
                     match line {
-                        Line::Snapshot { found, resumed, .. } => {
-                            snapshot::put_back(monitor, &found, resumed)?
+                        Line::Snapshot { found, begun, let_be, .. } => {
+                            snapshot::put_back(monitor, &found, begun, let_be)?
                         }
                         _ => go_on(monitor)?,
                     }
@@ -314,13 +314,15 @@ impl Keeper {
                 self.expire();
                 continue;
             }
-            if shot.is_some() {
-                self.look_after_shot();
-            }
             match ready.as_slice() {
                 [true, _] => {}
                 [_, true] => break,
-                _ => continue,
+                _ => {
+                    if shot.is_some() {
+                        self.look_after_shot();
+                    }
+                    continue;
+                }
             }
             // Half a message must not keep us from the deadline.
             let within = self.held.map_or(PROMPT, |held| until(held.until_ns).min(PROMPT));
@@ -467,7 +469,11 @@ impl Keeper {
     }
 
     fn end_snapshot(&mut self, whole: bool) -> Result<Box<ShotEnd>, AskError> {
+        let lost = self.monitor.is_none();
         self.monitor()?;
+        if let Some(shot) = self.shot.as_mut().filter(|_| lost) {
+            shot.reconnected();
+        }
         let (Some(monitor), Some(shot)) = (&mut self.monitor, &mut self.shot) else {
             return Err(AskError::Query("there is no snapshot".to_owned()));
         };
@@ -482,11 +488,17 @@ impl Keeper {
 
     /// Between two questions.
     fn look_after_shot(&mut self) {
-        let (Some(monitor), Some(shot)) = (&mut self.monitor, &mut self.shot) else {
+        if let Some(shot) = &mut self.shot {
+            shot.watch();
+        }
+        if self.monitor.is_none() {
             // QEMU could not be asked the last time.
-            let _ = self.monitor();
-            return;
-        };
+            let opened = self.monitor().is_ok();
+            if let Some(shot) = self.shot.as_mut().filter(|_| opened) {
+                shot.reconnected();
+            }
+        }
+        let (Some(monitor), Some(shot)) = (&mut self.monitor, &mut self.shot) else { return };
         if let Err(error) = shot.tick(monitor, &mut self.undo) {
             self.notes.add("snapshot", json!({ "error": error.to_string() }));
             // A connection that failed once is of no use any more, and the next one may work.
@@ -764,15 +776,7 @@ impl Guardian {
     /// [`GuardianError`]; when the guardian was lost, its successor has put the settings back.
     pub fn end_snapshot(&mut self, whole: bool) -> Result<ShotEnd, GuardianError> {
         match self.ask(&Ask::SnapshotEnd { whole }, 2 * CONT)? {
-            Reply::Shot(end) => {
-                if is_stopped(&end.run_state) && end.resumes_us.is_empty() {
-                    self.not_as_found = Some(format!("the VM is {:?}", end.run_state));
-                }
-                if let Some(what) = &end.not_restored {
-                    self.not_as_found = Some(what.clone());
-                }
-                Ok(*end)
-            }
+            Reply::Shot(end) => Ok(*end),
             other => self.out_of_turn(&other),
         }
     }

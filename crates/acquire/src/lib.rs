@@ -36,7 +36,7 @@ use crate::guardian::{Guardian, GuardianError, Parting};
 use crate::log::Log;
 use crate::look::Looked;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
-use crate::method::snapshot::{self, Samples, Shot, SnapshotError};
+use crate::method::snapshot::{self, Destination, Samples, Shot, SnapshotError};
 use crate::method::track;
 use crate::monitor::Told;
 use crate::plan::{Plan, PlannedHold, PlannedSnapshot, PlannedTracking, Refusal, Wish};
@@ -205,7 +205,7 @@ pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Do
     let mut guarded = guard::guard(request, &looked, &plan, &log, &began, tell, stop)?; // guard
     let mut run = Run::new(&looked, guarded.refusal.take());
     if run.end.is_none() {
-        run.capture(request, &looked, &plan, &mut guarded, &mut guardian, &log, &began, tell, stop); // capture
+        run.capture(request, &looked, &plan, &mut guarded, &mut guardian, &log, tell, stop); // capture
     }
     run.map_again(&looked, &mut guardian, &log, &began, tell);
     run.part(guardian, &log, tell);
@@ -317,7 +317,6 @@ impl Run {
         guarded: &mut Guarded,
         guardian: &mut Guardian,
         log: &Log,
-        began: &host::clock::Moment,
         tell: &dyn Observer,
         stop: &Stop,
     ) {
@@ -344,7 +343,7 @@ impl Run {
             (Some(held), Some(tracking), _) => self.track(&work, looked, held, tracking, guardian),
             (Some(held), None, _) => self.freeze(&work, looked, held, guarded_again, guardian),
             (None, _, Some(planned)) => {
-                let shot = self.snapshot(&work, looked, began, planned, guarded_again, guardian);
+                let shot = self.snapshot(&work, looked, planned, guarded_again, guardian);
                 shot.and_then(|shot| {
                     samples = Some(shot.samples);
                     shot.end
@@ -370,7 +369,10 @@ impl Run {
             Err(Cut::Failed(error)) => Some(Ending::Failed(told(&error))),
         };
         self.after = Measure::take(&looked.target.process);
-        self.readers = looked.readers();
+        self.readers = match &plan.snapshot {
+            Some(_) => looked.readers().into_iter().map(|(at, _)| (at, "qemu-stream")).collect(),
+            None => looked.readers(),
+        };
         self.drop_unreached();
     }
 
@@ -445,7 +447,6 @@ impl Run {
         &mut self,
         work: &Work<'_>,
         looked: &Looked,
-        began: &host::clock::Moment,
         planned: &PlannedSnapshot,
         guarded: &Guarded,
         guardian: &mut Guardian,
@@ -464,16 +465,24 @@ impl Run {
         });
         let (file, segments) = opened?;
         let spare = guarded.ram().map(host::RamStore::spare);
-        let into = snapshot::Into { segments, file: file.as_fd(), reserved, spare };
+        let pluggable = looked.located.pluggable();
+        let pluggable = pluggable.as_slice();
+        let file = file.as_fd();
+        let into = Destination { segments, file, reserved, spare, pluggable };
         let map = &looked.located.map;
         let (cells, passes) = (&mut self.cells, &mut self.passes);
-        let mut shot =
-            snapshot::snapshot(work, map, began, planned, &into, guardian, cells, passes);
+        let mut shot = snapshot::snapshot(work, map, planned, &into, guardian, cells, passes);
         self.readers_rights.extend(shot.rights.take());
-        self.changes.extend(shot.snapshot.as_ref().map(record::snapshot_change));
+        let change = match &shot.snapshot {
+            Some(snapshot) => record::snapshot_change(snapshot),
+            None => record::no_snapshot_change(),
+        };
+        self.changes.push(change);
+        self.warnings.append(&mut shot.doubts);
         if let Some(snapshot) = &shot.snapshot {
-            work.log.add("snapshot", snapshot);
-            self.warnings.extend(snapshot_doubts(snapshot));
+            // The devices stand in the manifest, and a line has a limit.
+            work.log
+                .add("snapshot", manifest::Snapshot { devices: Vec::new(), ..snapshot.clone() });
             if shot.end.is_ok() && snapshot.stop.is_none() {
                 let text = "QEMU did not tell when it stopped the guest: the instant is not known";
                 self.disturbances.push(text.to_owned());
@@ -877,26 +886,6 @@ impl Run {
         };
         Ok(Done { ending, exhibit: Some(exhibit) })
     }
-}
-
-/// What went otherwise than it should with a snapshot that may be whole all the same.
-fn snapshot_doubts(snapshot: &manifest::Snapshot) -> Vec<String> {
-    let ms = |ns: u64| ns.div_ceil(1_000_000);
-    let mut doubts = Vec::new();
-    let stood = snapshot.stop.map(|stop| stop.t1_ns - stop.t0_ns);
-    if let Some(stood) = stood.filter(|stood| *stood > snapshot.budget_ns) {
-        doubts.push(format!(
-            "QEMU stopped the guest for {} ms; {} ms were expected and {} ms allowed: once begun, the \
-             stop could not be cut short",
-            ms(stood),
-            ms(snapshot.expected_ns),
-            ms(snapshot.budget_ns)
-        ));
-    }
-    if let Some(place) = &snapshot.unaccounted {
-        doubts.push(format!("the devices' state is not as QEMU describes it: {place}"));
-    }
-    doubts
 }
 
 /// The rights of every process that took part.

@@ -257,8 +257,9 @@ fn track_facts(memory: &GuestMemory) -> TrackFacts {
     }
 }
 
-/// The first QEMU that lets a guest go on when its snapshot is broken off.
-const SAFE_QEMU: (u32, u32) = (8, 1);
+/// The first QEMU that lets a guest go on when its snapshot is broken off (8.1), and leaves one stopped
+/// that others stopped just before (`vm_resume` in `bg_migration_vm_start_bh`, 9.0).
+const SAFE_QEMU: (u32, u32) = (9, 0);
 
 /// Whether QEMU can take a snapshot of this VM on this host.
 fn snapshot_facts(
@@ -291,7 +292,8 @@ fn snapshot_facts(
     if qemu.vm.qemu < SAFE_QEMU {
         // Lab: an_old_qemu_that_is_left_alone_hangs_for_ever.
         let why = "before 8.1 it leaves the guest's memory protected when a snapshot is broken off, and \
-                   the guest then waits for ever (QEMU's commit 3a8b81f2e639)";
+                   the guest then waits for ever (QEMU's commit 3a8b81f2e639); before 9.0 it starts a \
+                   guest that others stop meanwhile";
         return unfit(why.to_owned(), None);
     }
     if let Some(held) = memory.places().iter().find(|held| held.page_size() >= 1 << 30) {

@@ -1,9 +1,10 @@
 //! Map: QEMU's word on guest memory joined with the host's, and held against it.
 
-use evidence::MemoryMap;
 use evidence::map::MapError;
+use evidence::{GuestRange, MemoryMap};
 use host::{GuestMemory, HostError, Place, Process};
 use qemu::GuestView;
+use qemu::facts::{DeviceType, MemoryDevice};
 use std::fmt::Write as _;
 
 /// Where a guest's memory is: by QEMU's word, checked against the host's.
@@ -126,6 +127,14 @@ impl Located {
             let _ = writeln!(text, "{mapping}");
         }
         text
+    }
+
+    /// Where virtio-mem devices may have no memory plugged, ascending.
+    pub fn pluggable(&self) -> Vec<GuestRange> {
+        let devices = self.view.devices.iter();
+        let pluggable = devices.filter(|device| device.device_type == DeviceType::VirtioMem);
+        let range = |device: &MemoryDevice| GuestRange::new(device.addr?, device.max_size?);
+        pluggable.filter_map(range).collect()
     }
 
     /// The first difference between two looks, both sides named; `None` when there is none.

@@ -231,6 +231,38 @@ impl Monitor {
         self.qmp.change(change, within).map_err(|error| AskError::Query(told(&error)))
     }
 
+    /// As [`Monitor::change`]; a refusal is no error, and has changed nothing: why.
+    ///
+    /// # Errors
+    /// [`AskError::Query`]: QEMU may do it.
+    pub fn change_unless_refused(
+        &mut self,
+        change: &Change,
+        within: Duration,
+    ) -> Result<Option<String>, AskError> {
+        match self.qmp.change(change, within) {
+            Ok(()) => Ok(None),
+            Err(error @ QmpError::Refused { .. }) => Ok(Some(told(&error))),
+            Err(error) => Err(AskError::Query(told(&error))),
+        }
+    }
+
+    /// As [`Monitor::migration`], asked many times a second: it waits no longer than `within`, and
+    /// stands in no journal. `None`: QEMU has not answered yet.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn migration_soon(&mut self, within: Duration) -> Result<Option<Migration>, AskError> {
+        self.qmp.tell(false);
+        let answer = Facts::of(&mut self.qmp, within).migration();
+        self.qmp.tell(true);
+        match answer {
+            Ok(migration) => Ok(Some(migration)),
+            Err(QmpError::Timeout { .. }) => Ok(None),
+            Err(error) => Err(AskError::Query(told(&error))),
+        }
+    }
+
     /// Gives QEMU a copy of `fd` under `name`.
     ///
     /// # Errors

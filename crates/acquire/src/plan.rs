@@ -628,7 +628,8 @@ fn snapshot(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedSnapshot, 
         );
         return Err(Refusal::new(reason, &["--method freeze", "--method live"]));
     }
-    let protect = of_gib(known.protect_a_gib_ns, facts.resident_bytes) * CLEAR_IN_QEMU;
+    // QEMU gives every page of the guest an entry first: it is all of them that are protected.
+    let protect = of_gib(known.protect_a_gib_ns, facts.image_bytes) * CLEAR_IN_QEMU;
     let expected = SNAPSHOT_ONCE + protect;
     let allowed = wish.stall_budget;
     if expected * margin > allowed {
@@ -1254,7 +1255,7 @@ mod tests {
         assert!(choose(&facts, &Wish { force_output: true, ..live() }).is_ok());
     }
 
-    /// 3 GiB that take 5 ms a GiB to protect, twice that in QEMU, and 25 ms for the rest.
+    /// 4 GiB that take 5 ms a GiB to protect, twice that in QEMU, and 25 ms for the rest.
     fn shootable() -> Facts {
         let snapshot = SnapshotFacts { protect_a_gib_ns: 5_000_000, ..SnapshotFacts::default() };
         Facts { snapshot, ..facts() }
@@ -1265,17 +1266,17 @@ mod tests {
         let wish = Wish { method: Some(Method::Snapshot), ..Wish::default() };
         let plan = choose(&shootable(), &wish).unwrap();
         assert_eq!(plan.class, Class::QuasiInstantaneous);
-        assert_eq!(plan.snapshot.unwrap().expected_ns, 55_000_000);
+        assert_eq!(plan.snapshot.unwrap().expected_ns, 65_000_000);
         assert!(plan.hold.is_none() && plan.changes[0].contains("put back"), "{:?}", plan.changes);
         let limited = Facts { max_rate: Some(1), ..shootable() };
         assert!(choose(&limited, &wish).unwrap().warnings[0].contains("--max-rate"));
         let short = Wish { stall_budget: Duration::from_millis(50), ..wish.clone() };
-        let refusal = refused(&shootable(), &short, "55 ms");
+        let refusal = refused(&shootable(), &short, "65 ms");
         assert_eq!(refusal.remedies, ["--stall-budget 100ms"]);
         // auto allows for twice that.
         let auto = refused(&shootable(), &Wish::default(), "one instant");
-        assert!(auto.remedies.contains(&"--stall-budget 150ms".to_owned()), "{auto:?}");
-        let wide = Wish { stall_budget: Duration::from_millis(110), ..Wish::default() };
+        assert!(auto.remedies.contains(&"--stall-budget 200ms".to_owned()), "{auto:?}");
+        let wide = Wish { stall_budget: Duration::from_millis(130), ..Wish::default() };
         assert_eq!(choose(&shootable(), &wide).unwrap().method, Method::Snapshot);
 
         let with = |edit: fn(&mut Facts)| {

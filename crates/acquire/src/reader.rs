@@ -21,13 +21,16 @@ use host::channel::{self, Channel, ChannelError};
 use host::clock::monotonic_ns;
 use host::{DiskStore, Store};
 use qemu::stream::{self, Sink, VirtioMem};
+use qemu::text::Excerpt;
+use rustix::fs::{MemfdFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -37,8 +40,15 @@ const PROMPT: Duration = Duration::from_secs(10);
 /// Bytes of device state that are kept at most: one with hundreds of vCPUs has some MiB.
 pub const DEVICE_STATE: usize = 64 << 20;
 
-/// Pieces of memory, of a block each at most, that may wait for the disk.
-const QUEUE: usize = 128;
+/// Bytes that may wait for the disk.
+const QUEUE: usize = 128 << 20;
+
+/// Devices that are told of at most; a large machine has some hundred.
+const DEVICES: usize = 4096;
+
+/// What a page takes of the store where no room was made for its block: the store takes memory a MiB
+/// at a time.
+const CELL: u64 = 1 << 20;
 
 /// What capture says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -165,8 +175,8 @@ fn take(
     let rest = read.map_err(|error| told(&error))?;
     let (other_pages, first_page_ns) = kept.map_err(|e| told(&e))?;
     state.write_all_at(&rest.device_state, 0).map_err(|e| told(&e))?;
-    let devices = rest.devices.into_iter().map(|device| SnapshotDevice {
-        name: device.name,
+    let devices = rest.devices.into_iter().take(DEVICES).map(|device| SnapshotDevice {
+        name: Excerpt::new(&device.name).to_string(),
         instance: device.instance,
         version: device.version,
         len: device.len,
@@ -233,7 +243,29 @@ enum Out {
     /// Memory: at once.
     Here(DiskStore, Table),
     /// A disk: by a thread.
-    Queue(SyncSender<Job>, JoinHandle<io::Result<Table>>),
+    Queue(Sender<Job>, Arc<Room>, JoinHandle<io::Result<Table>>),
+}
+
+/// How many bytes wait for the disk.
+#[derive(Default)]
+struct Room {
+    taken: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Room {
+    /// Waits until `len` more bytes may wait.
+    fn take(&self, len: usize) {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = |taken: &mut usize| *taken > 0 && *taken + len > QUEUE;
+        let mut taken = self.freed.wait_while(taken, full).unwrap_or_else(PoisonError::into_inner);
+        *taken += len;
+    }
+
+    fn free(&self, len: usize) {
+        *self.taken.lock().unwrap_or_else(PoisonError::into_inner) -= len;
+        self.freed.notify_one();
+    }
 }
 
 impl Taker {
@@ -249,9 +281,12 @@ impl Taker {
         let out = if store.is_in_memory() {
             Out::Here(store, table)
         } else {
-            let (sender, jobs) = sync_channel(QUEUE);
-            let work = move || write_all(&jobs, &store, table);
-            Out::Queue(sender, thread::Builder::new().name("write".to_owned()).spawn(work)?)
+            let (sender, jobs) = channel();
+            let room = Arc::new(Room::default());
+            let freed = Arc::clone(&room);
+            let work = move || write_all(&jobs, &store, table, &freed);
+            let thread = thread::Builder::new().name("write".to_owned()).spawn(work)?;
+            Out::Queue(sender, room, thread)
         };
         let ranges = begin.reserved.iter().filter_map(|&(start, len)| GuestRange::new(start, len));
         Ok(Self {
@@ -292,7 +327,7 @@ impl Taker {
         if !follows {
             self.flush()?;
         }
-        self.count(gpa)?;
+        self.count(cell, gpa)?;
         if let Some(state) = self.entries.get_mut(cell).and_then(|e| e.states.get_mut(page)) {
             *state = PageState::Data;
         }
@@ -301,15 +336,19 @@ impl Taker {
         Ok(())
     }
 
-    /// A page that no room was made for needs what is to spare.
-    fn count(&mut self, gpa: u64) -> io::Result<()> {
+    /// A page that no room was made for needs what is to spare: with the first of its block.
+    fn count(&mut self, cell: usize, gpa: u64) -> io::Result<()> {
         let Some(spare) = self.spare else { return Ok(()) };
+        let held = self.entries.get(cell).is_some_and(|e| e.states.contains(&PageState::Data));
+        if held {
+            return Ok(());
+        }
         let at = self.reserved.partition_point(|range| range.end() <= gpa);
         if self.reserved.get(at).is_some_and(|range| range.start() <= gpa) {
             return Ok(());
         }
         let text = "the RAM store's limit is used up";
-        let left = spare.checked_sub(PAGE);
+        let left = spare.checked_sub(CELL);
         self.spare = Some(left.ok_or_else(|| io::Error::new(io::ErrorKind::OutOfMemory, text))?);
         Ok(())
     }
@@ -318,17 +357,24 @@ impl Taker {
     fn flush(&mut self) -> io::Result<()> {
         let Some(Run { cell, start, bytes }) = self.run.take() else { return Ok(()) };
         let at = GuestRange::new(start, bytes.len() as u64);
-        let (Some(at), Some(entry)) = (at, self.entries.get(cell)) else { return Ok(()) };
-        match &self.out {
+        let (Some(at), Some(entry)) = (at, self.entries.get_mut(cell)) else { return Ok(()) };
+        let put = match &self.out {
             Out::Here(store, table) => {
-                store.put(at, &bytes)?;
-                table.put(cell as u64, entry)
+                store.put(at, &bytes).and_then(|()| table.put(cell as u64, entry))
             }
-            // Whoever does not take it has failed, and says so in the end.
-            Out::Queue(sender, _) => sender
-                .send((at, bytes, cell as u64, entry.clone()))
-                .map_err(|_| io::Error::other("the store could not be written")),
+            Out::Queue(sender, room, _) => {
+                room.take(bytes.len());
+                // Whoever does not take it has failed, and says so in the end.
+                let gone = |_| io::Error::other("the store could not be written");
+                sender.send((at, bytes, cell as u64, entry.clone())).map_err(gone)
+            }
+        };
+        if put.is_err() {
+            let lost =
+                pages(entry.block).zip(&mut entry.states).filter(|(page, _)| at.covers(*page));
+            lost.for_each(|(_, state)| *state = PageState::Unreadable);
         }
+        put
     }
 
     /// All has come: gives back how many pages were at no place, and when the first came. The table is
@@ -337,7 +383,7 @@ impl Taker {
         let flushed = self.flush();
         let table = match self.out {
             Out::Here(_, table) => table,
-            Out::Queue(sender, thread) => {
+            Out::Queue(sender, _, thread) => {
                 drop(sender);
                 let gone = |_| Err(io::Error::other("the thread that writes the store panicked"));
                 thread.join().unwrap_or_else(gone)?
@@ -369,13 +415,22 @@ impl Taker {
     }
 }
 
-/// Writes runs until there are no more; gives the table back.
-fn write_all(jobs: &Receiver<Job>, store: &DiskStore, table: Table) -> io::Result<Table> {
+/// Writes runs until there are no more; gives the table back. After a failure it writes nothing, for
+/// nobody else may wait for room.
+fn write_all(
+    jobs: &Receiver<Job>,
+    store: &DiskStore,
+    table: Table,
+    room: &Room,
+) -> io::Result<Table> {
+    let mut result = Ok(());
     for (at, bytes, number, entry) in jobs {
-        store.put(at, &bytes)?;
-        table.put(number, &entry)?;
+        if result.is_ok() {
+            result = store.put(at, &bytes).and_then(|()| table.put(number, &entry));
+        }
+        room.free(bytes.len());
     }
-    Ok(table)
+    result.map(|()| table)
 }
 
 /// Pages that did not come because QEMU's bitmap has them unplugged.
@@ -469,12 +524,16 @@ impl Reader {
     }
 }
 
-/// An empty file in memory.
+/// A file of `len` zeros in memory, whose length nobody can change.
 ///
 /// # Errors
 /// No memory, no descriptors.
-pub fn scratch_file(name: &str) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?)
+pub fn scratch_file(name: &str, len: u64) -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create(name, flags)?;
+    rustix::fs::ftruncate(&file, len)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -528,7 +587,7 @@ mod tests {
     }
 
     fn in_memory() -> File {
-        File::from(scratch_file("test").unwrap())
+        File::from(scratch_file("test", 2 * BLOCK).unwrap())
     }
 
     fn on_disk() -> File {
@@ -578,14 +637,36 @@ mod tests {
 
     #[test]
     fn no_more_memory_is_taken_than_allowed() {
-        let (mut taker, _, table) = taker(&begin(Some(P)), in_memory());
-        for number in [0, 1, 2] {
-            taker.page(1, number * P, &page(1)).unwrap();
+        // For the high block no room was made: its first page takes a MiB.
+        let last = BLOCK - 4 * P;
+        for (spare, fits) in [(CELL, true), (CELL - 1, false)] {
+            let (mut taker, _, table) = taker(&begin(Some(spare)), in_memory());
+            taker.page(1, 0, &page(1)).unwrap();
+            let taken = taker.page(1, last, &page(1));
+            assert_eq!(taken.is_ok(), fits);
+            let refused = taken.is_err_and(|e| e.kind() == io::ErrorKind::OutOfMemory);
+            assert_eq!(refused, !fits);
+            if fits {
+                taker.page(1, last + P, &page(1)).unwrap();
+            }
+            taker.zero_page(1, 4 * P).unwrap();
+            taker.finish(&[]).unwrap();
+            let states = Table::new(table).get(1).unwrap().states;
+            assert_eq!(states[0] == PageState::Data, fits, "{states:?}");
         }
-        assert_eq!(taker.page(1, 3 * P, &page(1)).unwrap_err().kind(), io::ErrorKind::OutOfMemory);
-        taker.zero_page(1, 4 * P).unwrap();
-        taker.finish(&[]).unwrap();
-        assert_eq!(Table::new(table).get(0).unwrap().states[2], PageState::Data);
+    }
+
+    #[test]
+    fn what_could_not_be_stored_is_lost() {
+        let short = File::from(scratch_file("short", 8 * P).unwrap());
+        let (mut taker, _, table) = taker(&begin(None), short);
+        taker.page(1, 2 * P, &page(1)).unwrap();
+        taker.page(1, 100 * P, &page(1)).unwrap();
+        // The page before it goes into the store, which has room for that; then this one does not.
+        assert!(taker.page(1, 4 * P, &page(1)).is_err());
+        assert!(taker.finish(&[]).is_ok());
+        let states = Table::new(table).get(0).unwrap().states;
+        assert_eq!([states[2], states[100]], [PageState::Data, PageState::Unreadable]);
     }
 
     #[test]

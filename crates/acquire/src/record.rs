@@ -177,7 +177,11 @@ impl Story<'_> {
             changes_made: self.changes(),
             disturbances: self.disturbances.clone(),
             caveats: self.caveats(),
-            limitations: limitations(self.tracking.is_some(), !self.attachments.is_empty()),
+            limitations: limitations(
+                self.tracking.is_some(),
+                !self.attachments.is_empty(),
+                self.snapshot.is_some(),
+            ),
             warnings: self.warnings.clone(),
         }
     }
@@ -291,7 +295,10 @@ impl Story<'_> {
         if !has_image {
             return Vec::new();
         }
-        let reason = fault_reason(&self.faults);
+        let reason = match &self.snapshot {
+            Some(_) => "QEMU's stream did not have it".to_owned(),
+            None => fault_reason(&self.faults),
+        };
         let unreadable = cells.iter().flat_map(|cell| {
             pages(cell.block)
                 .zip(&cell.states)
@@ -460,6 +467,13 @@ pub fn snapshot_change(snapshot: &manifest::Snapshot) -> Change {
     ))
 }
 
+/// What may have been done where no snapshot began.
+pub fn no_snapshot_change() -> Change {
+    let what = "QEMU was perhaps told to take a background snapshot, and its settings of migration were \
+                put back: the journal has what was sent";
+    for_one_instant(what.to_owned())
+}
+
 /// What following the guest changed.
 pub fn tracking_change(tracking: &manifest::Tracking) -> Change {
     let ms = |span: &Span| (span.t1_ns - span.t0_ns).div_ceil(1_000_000);
@@ -511,7 +525,11 @@ fn fault_reason(faults: &Faults) -> String {
     if texts.is_empty() { "the host could not read it".to_owned() } else { texts.join("; ") }
 }
 
-fn limitations(tracked: bool, attached: bool) -> Vec<String> {
+fn limitations(tracked: bool, attached: bool, snapshot: bool) -> Vec<String> {
+    let sampled = snapshot.then_some(
+        "The audit read of a snapshot draws from the pages that were protected when it came to them: a page \
+         that had lost its protection is not among them.",
+    );
     let registers = if attached {
         "vCPU registers and device state are in the attachment device-state.bin, as QEMU writes them, \
          and not in the image."
@@ -533,6 +551,7 @@ fn limitations(tracked: bool, attached: bool) -> Vec<String> {
     ]
     .into_iter()
     .chain(tracked)
+    .chain(sampled)
     .map(str::to_owned)
     .collect()
 }

@@ -87,6 +87,10 @@ fn taken(path: &Path, force: bool) -> Recovered {
     let Some(until_ns) = left.held.as_ref().and_then(deadline) else {
         return told(path, left.begin.as_ref(), "an acquisition is at work".to_owned(), true, true);
     };
+    if matches!(left.held, Some(Line::Snapshot { .. })) && somebody_runs(&left) {
+        let text = "an acquisition is at work: QEMU sends a snapshot".to_owned();
+        return told(path, left.begin.as_ref(), text, true, true);
+    }
     let overdue = monotonic_ns().saturating_sub(until_ns);
     if Duration::from_nanos(overdue) < OVERDUE {
         let text = "an acquisition is at work and holds the guest".to_owned();
@@ -113,6 +117,13 @@ fn taken(path: &Path, force: bool) -> Recovered {
             }
         }
     }
+}
+
+/// Whether capture or guardian is neither gone nor stopped: either of them looks after a snapshot.
+fn somebody_runs(left: &Left) -> bool {
+    let Some(Line::Begin { capture, guardian, .. }) = &left.begin else { return false };
+    let runs = |who: &undo::Who| who.open().is_some_and(|process| !process.is_stopped());
+    runs(capture) || runs(guardian)
 }
 
 fn deadline(held: &Line) -> Option<u64> {
@@ -162,10 +173,10 @@ fn put_right(mut undo: Undo, force: bool) -> Recovered {
         Err(error) => return told(&path, None, error.to_string(), false, false),
     };
     let age = undo.age().unwrap_or_default();
-    if matches!(left.held, Some(Line::Stop { .. })) && age > OLD && !force {
+    if matches!(left.held, Some(Line::Stop { .. } | Line::Snapshot { .. })) && age > OLD && !force {
         let text = format!(
-            "a run that died {} min ago may have left the VM stopped; whether it is still so by that run \
-             cannot be told: look at it, then --force",
+            "a run that died {} min ago may have left the VM stopped, or QEMU's settings of migration \
+             changed; whether it is still so by that run cannot be told: look at it, then --force",
             age.as_secs() / 60
         );
         return told(&path, left.begin.as_ref(), text, false, false);

@@ -5,6 +5,7 @@
 //! of the socket and its *pulse*, a small file in which the reader counts what it read. Bytes that lie
 //! in the socket while the count stands still are a stall.
 
+use rustix::event::{PollFd, PollFlags};
 use std::fs::File;
 use std::io;
 use std::net::Shutdown;
@@ -19,6 +20,8 @@ pub struct Watch {
     stream: UnixStream,
     pulse: File,
     count: u64,
+    /// When QEMU's bytes began to lie there.
+    since: Instant,
     looked: Instant,
     stalled: Duration,
     longest: Duration,
@@ -35,6 +38,7 @@ impl Watch {
             stream: UnixStream::from(stream),
             pulse: File::from(pulse),
             count: 0,
+            since: Instant::now(),
             looked: Instant::now(),
             stalled: Duration::ZERO,
             longest: Duration::ZERO,
@@ -53,7 +57,11 @@ impl Watch {
         let stands = waiting && count == self.count;
         (self.count, self.stalled) =
             (count, if stands { self.stalled + step } else { Duration::ZERO });
-        self.longest = self.longest.max(self.stalled);
+        if stands {
+            self.longest = self.longest.max(self.since.elapsed());
+        } else {
+            self.since = Instant::now();
+        }
         Ok(self.stalled)
     }
 
@@ -62,9 +70,17 @@ impl Watch {
         self.count
     }
 
-    /// The longest that any look found.
+    /// The longest that any look found, whoever was late.
     pub fn longest(&self) -> Duration {
         self.longest
+    }
+
+    /// Whether QEMU has let go of the stream.
+    pub fn is_hung_up(&self) -> bool {
+        let mut polled = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let ready = rustix::event::poll(&mut polled, Some(&now));
+        ready.is_ok_and(|ready| ready > 0)
     }
 
     /// Breaks the stream: QEMU's next write fails, and with it the snapshot; who waits goes on.
@@ -73,6 +89,9 @@ impl Watch {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
+
+/// Bytes of a pulse: a number.
+pub const PULSE: usize = 8;
 
 /// Writes how many bytes a reader has read into its pulse.
 ///
@@ -83,7 +102,7 @@ pub fn beat(pulse: &File, count: u64) -> io::Result<()> {
 }
 
 fn read(pulse: &File) -> io::Result<u64> {
-    let mut bytes = [0; 8];
+    let mut bytes = [0; PULSE];
     pulse.read_exact_at(&mut bytes, 0)?;
     Ok(u64::from_le_bytes(bytes))
 }
@@ -113,6 +132,7 @@ mod tests {
         beat(&pulse, 1).unwrap();
         assert_eq!(watch.look().unwrap(), Duration::ZERO, "there is more, and it is being read");
         assert!(watch.longest() >= little && watch.count() == 1);
+        assert!(!watch.is_hung_up());
         watch.cut();
         assert!(qemu.write_all(b"c").is_err());
     }

@@ -81,8 +81,11 @@ pub enum Line {
     Snapshot {
         /// The settings of its migration as they were found, and will be again.
         found: Vec<Capability>,
-        /// The guest has been stopped for it, and has gone on since.
-        resumed: bool,
+        /// QEMU is about to be told to begin: what it does from now on is ours to cancel.
+        begun: bool,
+        /// Whoever stops the guest from now on is not QEMU for the snapshot's sake: that has been, or
+        /// somebody else came first.
+        let_be: bool,
         /// CLOCK_MONOTONIC in nanoseconds from which on somebody must have an eye on it.
         until_ns: u64,
     },

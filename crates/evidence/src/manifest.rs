@@ -351,6 +351,8 @@ pub struct Round {
 pub struct Snapshot {
     /// QEMU's word for how it ended: `completed`, `failed`, `cancelled`; null when it did not say.
     pub status: Option<String>,
+    /// Why it failed, by QEMU's word.
+    pub error: Option<String>,
     /// From QEMU's event STOP to its event RESUME, by the host's clock: the guest stood, and the
     /// image shows what its memory was then. Null when QEMU told of no such stop.
     pub stop: Option<Span>,
@@ -910,6 +912,8 @@ impl Manifest {
         out.unless(class, "class", "of method snapshot is quasi-instantaneous at best");
         let whole = snapshot.stream_bytes.is_some();
         out.unless(!instant || whole, "snapshot.stream_bytes", "the class needs the whole stream");
+        let completed = snapshot.status.as_deref() == Some("completed");
+        out.unless(!instant || completed, "snapshot.status", "the class needs a whole one");
         let stop = snapshot.stop;
         out.unless(!instant || stop.is_some(), "snapshot.stop", "the class needs it");
         let Some(stop) = stop else { return };
@@ -1383,6 +1387,7 @@ pub(crate) mod tests {
         manifest.hold = None;
         manifest.snapshot = Some(Snapshot {
             status: Some("completed".into()),
+            error: None,
             stop: Some(Span { t0_ns: 900, t1_ns: 3_100 }),
             qemu_downtime_ms: Some(1),
             qemu_total_ms: Some(9),
@@ -1405,7 +1410,8 @@ pub(crate) mod tests {
     fn contradictions_of_a_snapshot_are_named() {
         assert_eq!(snapshot().contradictions(), []);
         type Edit = fn(&mut Manifest, &mut Snapshot);
-        let cases: [(Edit, &str); 5] = [
+        let cases: [(Edit, &str); 6] = [
+            (|_, s| s.status = Some("failed".into()), "snapshot.status"),
             (|_, s| s.stop = None, "snapshot.stop"),
             (|_, s| s.stream_bytes = None, "snapshot.stream_bytes"),
             (|_, s| s.stop = Some(Span { t0_ns: 3_000, t1_ns: 3_100 }), "tau.mono_ns"),

@@ -4,6 +4,7 @@
 //! options; fields that we do not need are not read.
 
 use crate::qmp::{Capability, Command, Qmp, QmpError, Version};
+use crate::text::Excerpt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -297,7 +298,9 @@ impl<'a> Facts<'a> {
     /// # Errors
     /// As [`Qmp::query`].
     pub fn migration(&mut self) -> Result<Migration, QmpError> {
-        self.query(Command::QueryMigrate)
+        let said: Migration = self.query(Command::QueryMigrate)?;
+        let short = |text: Option<String>| text.map(|text| Excerpt::new(&text).to_string());
+        Ok(Migration { status: short(said.status), error_desc: short(said.error_desc), ..said })
     }
 
     /// All capabilities of migration that this QEMU has, and which are set.
@@ -327,7 +330,8 @@ impl<'a> Facts<'a> {
             device: String,
         }
         let jobs: Vec<Job> = self.query(Command::QueryBlockJobs)?;
-        Ok(jobs.into_iter().map(|job| format!("{} of {:?}", job.r#type, job.device)).collect())
+        let told = |job: Job| format!("{} of {:?}", Excerpt::new(&job.r#type), job.device);
+        Ok(jobs.into_iter().map(told).collect())
     }
 
     /// Bytes of RAM that the balloon leaves the guest; `None` without a balloon.

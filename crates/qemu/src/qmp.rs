@@ -396,6 +396,8 @@ pub struct Qmp {
     events: Vec<Event>,
     usable: bool,
     transcript: Option<Transcript>,
+    /// Nothing is told to the transcript.
+    quiet: bool,
 }
 
 impl std::fmt::Debug for Qmp {
@@ -480,6 +482,7 @@ impl Qmp {
             events: Vec::new(),
             usable: true,
             transcript,
+            quiet: false,
         };
         let greeting = qmp.receive(DOING, deadline).map_err(|error| match error {
             QmpError::Timeout { waited, .. } if qmp.framer.is_empty() => {
@@ -567,6 +570,12 @@ impl Qmp {
         self.run_with("getfd", arguments, Some(fd), Deadline::new(timeout)).map(drop)
     }
 
+    /// From here on commands are told to the transcript, or not: a question that is asked many times a
+    /// second would bury the others.
+    pub fn tell(&mut self, tell: bool) {
+        self.quiet = !tell;
+    }
+
     /// As [`Qmp::execute`], with the answer in the shape `T`.
     ///
     /// # Errors
@@ -644,7 +653,7 @@ impl Qmp {
     ) -> Result<Value, QmpError> {
         let result = self.exchange(command, &arguments, fd, deadline);
         let finished = Instant::now();
-        if let Some(transcript) = &mut self.transcript {
+        if let Some(transcript) = self.transcript.as_mut().filter(|_| !self.quiet) {
             transcript(&Exchange {
                 command,
                 arguments: &arguments,

@@ -701,7 +701,8 @@ fn the_guardian_as_it_stops_the_guest(lab: &Lab) -> Result<()> {
 /// Some of all that, on Debian's own kernel.
 fn kills_around_a_kvm_guest(lab: &Lab) -> Result<()> {
     let mut subject = Subject::boot(lab)?;
-    for signal in [Signal::KILL, Signal::STOP] {
+    let signals = [Signal::KILL, Signal::STOP];
+    for &signal in &signals[..lab.scale(1, 2)] {
         for victim in [Victim::Capture, Victim::Guardian, Victim::Both] {
             blows(&mut subject, signal, victim, lab.scale(1, 10))?;
         }

@@ -5,6 +5,7 @@
 //! all RAM from writing, lets the guest go on, and sends RAM from then on. What fails before the
 //! guest goes on leaves it stopped: QEMU does not undo its own stop.
 
+use super::{go_on, is_stopped};
 use crate::monitor::{AskError, Monitor, SNAPSHOT};
 use crate::stall::Watch;
 use crate::undo::{Line, Undo};
@@ -25,33 +26,57 @@ const PROBE: &str = "stillframe-probe";
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a guest that was stopped for a snapshot may take to go on by itself, once that has ended.
-const GOES_ON: Duration = Duration::from_millis(300);
+const GOES_ON: Duration = Duration::from_millis(50);
 
 /// How often it is looked whether the stream is read.
 pub(super) const LOOK: Duration = Duration::from_millis(5);
 
-/// Stops that are kept.
-const TOLD: usize = 256;
-
 /// How often QEMU is asked how far it is.
 const ASK: Duration = Duration::from_millis(50);
 
-/// A snapshot that is over.
+/// How long it may take to answer: its main loop may wait for a page that is protected, just when the
+/// stream is to be looked after.
+const ANSWER: Duration = Duration::from_millis(20);
+
+/// Stops that are kept, the last ones.
+const TOLD: usize = 256;
+
+/// A snapshot that is over. QEMU's capabilities of migration are what they were.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShotEnd {
     /// What QEMU says of it.
     pub migration: Migration,
-    /// When the guest was stopped, by QEMU for the snapshot or by others, in microseconds of UTC by the
-    /// host's clock, in order.
-    pub stops_us: Vec<i64>,
-    /// When it was let go on.
-    pub resumes_us: Vec<i64>,
+    /// When the guest was stopped and let go on, by QEMU for the snapshot or by others.
+    pub told: Stops,
     /// The guardian broke the stream: why.
     pub broken: Option<String>,
-    /// QEMU's settings are what they were; else what is not.
-    pub not_restored: Option<String>,
+    /// Parameters of migration, which a snapshot leaves alone, are others than before.
+    pub parameters_differ: bool,
     /// The run state in the end.
     pub run_state: String,
+}
+
+/// QEMU's events STOP and RESUME, in microseconds of UTC by the host's clock, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stops {
+    /// STOP.
+    pub stops_us: Vec<i64>,
+    /// RESUME.
+    pub resumes_us: Vec<i64>,
+}
+
+impl Stops {
+    /// Both with what was told later.
+    fn and(&self, later: &Self) -> Self {
+        let join = |before: &[i64], later: &[i64]| {
+            let all = [before, later].concat();
+            all.get(all.len().saturating_sub(TOLD)..).unwrap_or_default().to_vec()
+        };
+        Self {
+            stops_us: join(&self.stops_us, &later.stops_us),
+            resumes_us: join(&self.resumes_us, &later.resumes_us),
+        }
+    }
 }
 
 /// A snapshot under way.
@@ -61,10 +86,16 @@ pub(super) struct Shot {
     budget: Duration,
     found: Vec<Capability>,
     parameters: Value,
-    /// Events before it.
+    until_ns: u64,
+    /// Events of this connection before it.
     events: usize,
-    stops_us: Vec<i64>,
-    resumes_us: Vec<i64>,
+    /// What connections that were lost told.
+    earlier: Stops,
+    told: Stops,
+    /// How often the guest was let go on before QEMU can have stopped it for the snapshot.
+    resumes_before: usize,
+    /// As in [`Line::Snapshot`].
+    let_be: bool,
     asked: Instant,
     broken: Option<String>,
     end: Option<ShotEnd>,
@@ -111,28 +142,40 @@ impl Shot {
         if monitor.migration()?.is_under_way() {
             return Err(AskError::Query("a migration is under way".to_owned()));
         }
-        monitor.pass(PROBE, theirs.as_fd())?;
-        monitor.change(&Change::CloseFd(PROBE.to_owned()), PATIENCE)?;
         let (found, parameters) = monitor.migration_settings()?;
-        let line = Line::Snapshot { found: found.clone(), resumed: false, until_ns };
-        announce(undo, &line)?;
-        let begun = start(monitor, theirs, &found);
-        let events = match begun {
-            Ok(events) => events,
-            Err(error) => {
-                put_back(monitor, &found, false)?;
-                announce(undo, &Line::Free)?;
-                return Err(error);
+        let line = |begun| Line::Snapshot { found: found.clone(), begun, let_be: false, until_ns };
+        announce(undo, &line(false))?;
+        let (mut begun, mut events) = (false, 0);
+        let started = start(monitor, theirs, &found, |monitor| {
+            events = monitor.told_so_far();
+            begun = true;
+            announce(undo, &line(true))
+        });
+        let why = match started {
+            Ok(None) => None,
+            // Refused: whatever QEMU is busy with now is not ours.
+            Ok(Some(why)) => {
+                begun = false;
+                Some(AskError::Query(why))
             }
+            Err(error) => Some(error),
         };
+        if let Some(error) = why {
+            put_back(monitor, &found, begun, false)?;
+            announce(undo, &Line::Free)?;
+            return Err(error);
+        }
         Ok(Self {
             watch,
             budget,
             found,
             parameters,
+            until_ns,
             events,
-            stops_us: Vec::new(),
-            resumes_us: Vec::new(),
+            earlier: Stops::default(),
+            told: Stops::default(),
+            resumes_before: 0,
+            let_be: false,
             asked: Instant::now(),
             broken: None,
             end: None,
@@ -144,8 +187,22 @@ impl Shot {
         self.end.is_some()
     }
 
-    /// Looks after it: breaks the stream if it is not read, and puts QEMU's settings back once it is
-    /// over.
+    /// Breaks the stream if it is not read. Asks QEMU nothing.
+    pub(super) fn watch(&mut self) {
+        let stalled = self.watch.look().unwrap_or(Duration::MAX);
+        if stalled > self.budget && self.broken.is_none() {
+            self.broken = Some(format!("was not read for {} ms", stalled.as_millis()));
+            self.cut();
+        }
+    }
+
+    /// The connection to QEMU is a new one, which tells nothing of what was.
+    pub(super) fn reconnected(&mut self) {
+        self.earlier = self.told.clone();
+        self.events = 0;
+    }
+
+    /// Looks after it: ends it once it is broken, and puts QEMU's settings back once it is over.
     ///
     /// # Errors
     /// [`AskError`]: nothing is known then.
@@ -153,16 +210,21 @@ impl Shot {
         if self.is_over() {
             return Ok(());
         }
-        let stalled = self.watch.look().unwrap_or(Duration::MAX);
-        if stalled > self.budget {
-            return self.stop(monitor, undo, Some(format!("was not read for {stalled:?}")));
+        if self.broken.is_some() {
+            return self.stop(monitor, undo, None);
         }
-        if self.asked.elapsed() < ASK {
+        // QEMU lets go of the stream when it has ended: others may migrate from then on.
+        if self.asked.elapsed() < ASK && !self.watch.is_hung_up() {
             return Ok(());
         }
-        let migration = monitor.migration()?;
+        let Some(migration) = monitor.migration_soon(ANSWER)? else { return Ok(()) };
         self.asked = Instant::now();
-        self.hear(monitor, undo)?;
+        let in_setup = migration.status.as_deref() == Some("setup");
+        self.hear(monitor, undo, in_setup)?;
+        if in_setup && self.let_be {
+            let why = "the VM was stopped by somebody else just before".to_owned();
+            return self.stop(monitor, undo, Some(why));
+        }
         if migration.is_under_way() { Ok(()) } else { self.over(monitor, undo, migration) }
     }
 
@@ -179,7 +241,7 @@ impl Shot {
         self.broken = self.broken.take().or(why);
         self.cut();
         let migration = cancel(monitor)?;
-        self.hear(monitor, undo)?;
+        self.hear(monitor, undo, false)?;
         self.over(monitor, undo, migration)
     }
 
@@ -198,6 +260,7 @@ impl Shot {
                 return self.stop(monitor, undo, Some("QEMU did not end it".to_owned()));
             }
             std::thread::sleep(LOOK);
+            self.watch();
             self.tick(monitor, undo)?;
         }
         Ok(())
@@ -213,20 +276,32 @@ impl Shot {
         self.end.as_ref()
     }
 
-    /// Takes note of stops and of their ends.
-    fn hear(&mut self, monitor: &mut Monitor, undo: &mut Undo) -> Result<(), AskError> {
+    /// Takes note of stops and of their ends. While QEMU is `in_setup`, others made them.
+    fn hear(
+        &mut self,
+        monitor: &mut Monitor,
+        undo: &mut Undo,
+        in_setup: bool,
+    ) -> Result<(), AskError> {
         let told = monitor.told_since(self.events);
         let all = |name: &str| -> Vec<i64> {
             let named = told.iter().filter(|event| event.name == name);
-            named.filter_map(|event| event.utc_us).take(TOLD).collect()
+            named.filter_map(|event| event.utc_us).collect()
         };
-        let (stops_us, resumes_us) = (all("STOP"), all("RESUME"));
-        let news = self.resumes_us.is_empty() && !resumes_us.is_empty();
-        (self.stops_us, self.resumes_us) = (stops_us, resumes_us);
-        if news {
+        let now = Stops { stops_us: all("STOP"), resumes_us: all("RESUME") };
+        self.told = self.earlier.and(&now);
+        let (stops, resumes) = (self.told.stops_us.len(), self.told.resumes_us.len());
+        let let_be = if in_setup {
+            self.resumes_before = resumes;
+            stops > resumes
+        } else {
+            resumes > self.resumes_before
+        };
+        if let_be && !self.let_be {
             // A guest that is found stopped from now on was stopped by somebody else.
-            let found = self.found.clone();
-            announce(undo, &Line::Snapshot { found, resumed: true, until_ns: 0 })?;
+            self.let_be = true;
+            let (found, until_ns) = (self.found.clone(), self.until_ns);
+            announce(undo, &Line::Snapshot { found, begun: true, let_be, until_ns })?;
         }
         Ok(())
     }
@@ -237,20 +312,16 @@ impl Shot {
         undo: &mut Undo,
         migration: Migration,
     ) -> Result<(), AskError> {
-        put_back(monitor, &self.found, !self.resumes_us.is_empty())?;
-        self.hear(monitor, undo)?;
+        put_back(monitor, &self.found, true, self.let_be)?;
+        self.hear(monitor, undo, false)?;
         let (_, parameters) = monitor.migration_settings()?;
-        // Capabilities were looked at when they were put back.
-        let not_restored = (parameters != self.parameters)
-            .then(|| "QEMU's parameters of migration are not those from before".to_owned());
         let run_state = monitor.run_state()?;
         announce(undo, &Line::Free)?;
         self.end = Some(ShotEnd {
             migration,
-            stops_us: self.stops_us.clone(),
-            resumes_us: self.resumes_us.clone(),
+            told: self.told.clone(),
             broken: self.broken.take(),
-            not_restored,
+            parameters_differ: parameters != self.parameters,
             run_state,
         });
         Ok(())
@@ -263,13 +334,23 @@ fn announce(undo: &mut Undo, line: &Line) -> Result<(), AskError> {
     })
 }
 
-/// Sets what a snapshot needs, and begins it.
-fn start(monitor: &mut Monitor, theirs: &OwnedFd, found: &[Capability]) -> Result<usize, AskError> {
-    monitor.change(&Change::SetCapabilities(wanted(found)), PATIENCE)?;
+/// Tries out whether QEMU takes descriptors, sets what a snapshot needs, and begins it; `before` is
+/// called just before that. Gives back why QEMU refused, if it did.
+fn start(
+    monitor: &mut Monitor,
+    theirs: &OwnedFd,
+    found: &[Capability],
+    before: impl FnOnce(&mut Monitor) -> Result<(), AskError>,
+) -> Result<Option<String>, AskError> {
+    monitor.pass(PROBE, theirs.as_fd())?;
+    monitor.change(&Change::CloseFd(PROBE.to_owned()), PATIENCE)?;
+    let capabilities = Change::SetCapabilities(wanted(found));
+    if let Some(why) = monitor.change_unless_refused(&capabilities, PATIENCE)? {
+        return Ok(Some(why));
+    }
     monitor.pass(FD, theirs.as_fd())?;
-    let events = monitor.told_so_far();
-    monitor.change(&Change::MigrateToFd(FD.to_owned()), PATIENCE)?;
-    Ok(events)
+    before(monitor)?;
+    monitor.change_unless_refused(&Change::MigrateToFd(FD.to_owned()), PATIENCE)
 }
 
 /// Waits until QEMU is not busy with a snapshot any more; tells it to end it.
@@ -291,19 +372,33 @@ fn cancel(monitor: &mut Monitor) -> Result<Migration, AskError> {
     }
 }
 
-/// Ends what is left of a snapshot: QEMU's settings are `found` again, and a guest that it stopped,
-/// and did not let go on, goes on. Gives back what was done, for people.
+/// Ends what is left of a snapshot: a guest that QEMU stopped for it, and did not let go on, goes on,
+/// and QEMU's settings are `found` again. `begun` and `let_be` are those of [`Line::Snapshot`]. Gives
+/// back what was done, for people.
 ///
 /// # Errors
 /// [`AskError`]: to be tried again.
 pub(super) fn put_back(
     monitor: &mut Monitor,
     found: &[Capability],
-    resumed: bool,
+    begun: bool,
+    let_be: bool,
 ) -> Result<String, AskError> {
-    let migration = cancel(monitor)?;
-    // Used up by the snapshot, if that began.
-    let _ = monitor.change(&Change::CloseFd(FD.to_owned()), PATIENCE);
+    // What was not begun is not ours to cancel.
+    let migration = if begun { cancel(monitor)? } else { monitor.migration()? };
+    let status = migration.status.unwrap_or_else(|| "none".to_owned());
+    let mut text = match begun {
+        true => format!("a snapshot ended as {status:?}"),
+        false => "a snapshot was not begun".to_owned(),
+    };
+    // The guest before the settings.
+    if begun && !let_be && status != "completed" && goes_on(monitor)? {
+        text.push_str("; the guest, which it had stopped, was told to go on");
+    }
+    for name in [FD, PROBE] {
+        // Used up by the snapshot, or closed already.
+        let _ = monitor.change(&Change::CloseFd(name.to_owned()), PATIENCE);
+    }
     let (now, _) = monitor.migration_settings()?;
     let changed = changed(found, &now);
     if !changed.is_empty() {
@@ -313,19 +408,20 @@ pub(super) fn put_back(
     if now != found {
         return Err(AskError::Query("QEMU's settings of migration do not come back".to_owned()));
     }
-    let status = migration.status.unwrap_or_else(|| "none".to_owned());
-    let mut text = format!("a snapshot ended as {status:?}; QEMU's settings were put back");
-    // Its stop was ours, and it ended before QEMU let the guest go on.
+    text.push_str("; QEMU's settings are as they were");
+    Ok(text)
+}
+
+/// Lets a guest go on that does not do so by itself; says whether that was needed.
+fn goes_on(monitor: &mut Monitor) -> Result<bool, AskError> {
     let until = Instant::now() + GOES_ON;
-    while !resumed && status != "completed" && monitor.run_state()? == "paused" {
+    while is_stopped(&monitor.run_state()?) {
         if Instant::now() > until {
-            monitor.change(&Change::Cont, PATIENCE)?;
-            text.push_str("; the guest, which it had stopped, was told to go on");
-            break;
+            return go_on(monitor).map(|_| true);
         }
         std::thread::sleep(LOOK);
     }
-    Ok(text)
+    Ok(false)
 }
 
 #[cfg(test)]
@@ -344,5 +440,14 @@ mod tests {
         now[2].state = true;
         assert_eq!(changed(&found, &now), [one("xbzrle", true), one(SNAPSHOT, false)]);
         assert!(changed(&found, &found).is_empty());
+    }
+
+    #[test]
+    fn of_stops_the_last_are_kept() {
+        let many =
+            |from: i64| Stops { stops_us: (from..from + 200).collect(), resumes_us: vec![from] };
+        let all = many(0).and(&many(200));
+        assert_eq!((all.stops_us.len(), all.stops_us.last()), (TOLD, Some(&399)));
+        assert_eq!(all.resumes_us, [0, 200]);
     }
 }

@@ -8,10 +8,10 @@
 use super::process::{Pass, PassError, Picks, Work};
 use crate::copy::{Cell, Cut};
 use crate::event::{Event, Phase};
-use crate::guardian::{Guardian, GuardianError, ShotEnd};
+use crate::guardian::{Guardian, GuardianError, ShotEnd, Stops};
 use crate::handed::wheres;
 use crate::plan::{AUDIT_PAGES, PlannedSnapshot};
-use crate::reader::{Begin, Place, Reader, Whole, scratch_file};
+use crate::reader::{self, Begin, Place, Reader, Whole, scratch_file};
 use crate::seal::table::Table;
 use crate::stall::{self, Watch};
 use crate::told;
@@ -77,7 +77,7 @@ pub enum SnapshotError {
 }
 
 /// Where what is read goes.
-pub struct Into<'a> {
+pub struct Destination<'a> {
     /// Where memory lies in it.
     pub segments: &'a Segments,
     /// It, to be written by position.
@@ -86,6 +86,8 @@ pub struct Into<'a> {
     pub reserved: &'a [GuestRange],
     /// Bytes that may be put beside that; `None`: no limit but its own.
     pub spare: Option<u64>,
+    /// Where the guest may have no memory, by QEMU's word: its virtio-mem devices.
+    pub pluggable: &'a [GuestRange],
 }
 
 /// What came of it.
@@ -98,6 +100,8 @@ pub struct Shot {
     pub device_state: Vec<u8>,
     /// The rights of the process that read.
     pub rights: Option<manifest::Process>,
+    /// What went otherwise than it should.
+    pub doubts: Vec<String>,
     /// How it ended.
     pub end: Result<(), Cut<PassError>>,
 }
@@ -137,16 +141,11 @@ fn came(cells: &[Cell], at: GuestRange) -> bool {
 
 /// Has QEMU take a snapshot and reads it. The cells know what came; nothing of the store is looked
 /// at, for the reader writes it.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "as of a method: what it works with, and its results"
-)]
 pub fn snapshot(
     work: &Work<'_>,
     map: &MemoryMap,
-    began: &Moment,
     planned: &PlannedSnapshot,
-    into: &Into<'_>,
+    into: &Destination<'_>,
     guardian: &mut Guardian,
     cells: &mut [Cell],
     passes: &mut Vec<Pass>,
@@ -156,9 +155,11 @@ pub fn snapshot(
         samples: Samples::default(),
         device_state: Vec::new(),
         rights: None,
+        doubts: Vec::new(),
         end: Ok(()),
     };
     let budget = Duration::from_nanos(planned.at_most_ns);
+    let before = host::clock::now();
     let started = work.begin_pass().and_then(|()| Taking::start(work, map, budget, into, cells));
     let mut taking = match started {
         Ok(taking) => taking,
@@ -166,14 +167,16 @@ pub fn snapshot(
     };
     shot.rights = Some(taking.reader.rights.clone());
     if let Err(error) = taking.begin(guardian) {
+        taking.reader.kill();
         return Shot { end: Err(failed(SnapshotError::Begin(error))), ..shot };
     }
     let (samples, read) = taking.read(cells);
     let end = guardian.end_snapshot(read.is_ok());
+    let clocks = (before, host::clock::now());
     // From here on nothing writes into the store any more.
     taking.reader.kill();
     shot.samples = samples;
-    taking.collect(cells, read.as_ref().ok(), passes);
+    taking.collect(cells, into.pluggable, read.as_ref().ok(), passes);
     let ended = match &end {
         Ok(end) => as_ended(end),
         Err(error) => Err(SnapshotError::Ended(told(error))),
@@ -182,9 +185,17 @@ pub fn snapshot(
         shot.device_state = taking.device_state(whole);
     }
     let longest_wait_ns = nanos(taking.watch.longest());
+    // A successor of a guardian that was lost has put QEMU's settings back, or is at it.
+    let restored = end.is_ok() || guardian.undone.iter().any(|undone| undone.held == "snapshot");
     let end = end.ok();
     let whole = read.as_ref().ok();
-    shot.snapshot = Some(record(work, began, planned, longest_wait_ns, end.as_ref(), whole));
+    let mut snapshot = record(work, &clocks, planned, end.as_ref(), whole);
+    (snapshot.longest_wait_ns, snapshot.restored) = (longest_wait_ns, restored);
+    shot.doubts.extend(doubts(&snapshot, &clocks, end.as_ref()));
+    if whole.is_some() && shot.device_state.is_empty() {
+        shot.doubts.push("the devices' state could not be kept".to_owned());
+    }
+    shot.snapshot = Some(snapshot);
     // Why the reading ended is why QEMU ended it, unless the guardian knows better.
     shot.end = match (read, ended) {
         (Ok(_), ended) => ended.map_err(failed),
@@ -224,24 +235,24 @@ fn as_ended(end: &ShotEnd) -> Result<(), SnapshotError> {
 /// What the manifest says of it.
 fn record(
     work: &Work<'_>,
-    began: &Moment,
+    clocks: &(Moment, Moment),
     planned: &PlannedSnapshot,
-    longest_wait_ns: u64,
     end: Option<&ShotEnd>,
     whole: Option<&Whole>,
 ) -> manifest::Snapshot {
-    let at = |us: i64| host::clock::monotonic_at(began, us).map(|ns| work.log.since_ns(ns));
+    let at = |us: i64| host::clock::monotonic_at(&clocks.0, us).map(|ns| work.log.since_ns(ns));
     let page_ns = whole.map(|whole| work.log.since_ns(whole.first_page_ns));
-    let stop = end.zip(page_ns).and_then(|(end, page_ns)| stop_of(end, at, page_ns));
+    let stop = end.zip(page_ns).and_then(|(end, page_ns)| stop_of(&end.told, at, page_ns));
     manifest::Snapshot {
         status: end.and_then(|end| end.migration.status.clone()),
-        stop,
+        error: end.and_then(|end| end.migration.error_desc.clone()),
+        stop: stop.filter(|_| !is_stepped(clocks)),
         qemu_downtime_ms: end.and_then(|end| end.migration.downtime),
         qemu_total_ms: end.and_then(|end| end.migration.total_time),
         expected_ns: planned.expected_ns,
         budget_ns: planned.at_most_ns,
-        longest_wait_ns,
-        restored: end.is_some_and(|end| end.not_restored.is_none()),
+        longest_wait_ns: 0,
+        restored: false,
         machine: whole.map(|whole| whole.machine.clone()),
         stream_bytes: whole.map(|whole| whole.len),
         pages: whole.map(|whole| whole.pages),
@@ -254,11 +265,52 @@ fn record(
 
 /// The stop that was the snapshot's: the last before its first page came. `at` brings a time of
 /// QEMU's to that of the record.
-fn stop_of(end: &ShotEnd, at: impl Fn(i64) -> Option<u64>, page_ns: u64) -> Option<Span> {
-    let stops = end.stops_us.iter().rev().filter_map(|us| at(*us));
-    let t0_ns = stops.into_iter().find(|ns| *ns <= page_ns)?;
-    let t1_ns = end.resumes_us.iter().filter_map(|us| at(*us)).find(|ns| *ns >= t0_ns)?;
+fn stop_of(told: &Stops, at: impl Fn(i64) -> Option<u64>, page_ns: u64) -> Option<Span> {
+    let mut stops = told.stops_us.iter().rev().filter_map(|us| at(*us));
+    let t0_ns = stops.find(|ns| *ns <= page_ns)?;
+    let t1_ns = told.resumes_us.iter().filter_map(|us| at(*us)).find(|ns| *ns >= t0_ns)?;
     Some(Span { t0_ns, t1_ns })
+}
+
+/// Whether UTC was set meanwhile, by which QEMU tells of the stop.
+fn is_stepped(clocks: &(Moment, Moment)) -> bool {
+    host::clock::step_us(&clocks.0, &clocks.1).is_none_or(|step| step.unsigned_abs() > STEP_US)
+}
+
+/// How far UTC and monotonic time drift apart in an hour under a time service that slews.
+const STEP_US: u64 = 5_000;
+
+/// What went otherwise than it should, and may be whole all the same.
+fn doubts(
+    snapshot: &manifest::Snapshot,
+    clocks: &(Moment, Moment),
+    end: Option<&ShotEnd>,
+) -> Vec<String> {
+    let ms = |ns: u64| ns.div_ceil(1_000_000);
+    let mut doubts = Vec::new();
+    let stood = snapshot.stop.map(|stop| stop.t1_ns - stop.t0_ns);
+    if let Some(stood) = stood.filter(|stood| *stood > snapshot.budget_ns) {
+        doubts.push(format!(
+            "QEMU stopped the guest for {} ms; {} ms were expected and {} ms allowed: once begun, the \
+             stop could not be cut short",
+            ms(stood),
+            ms(snapshot.expected_ns),
+            ms(snapshot.budget_ns)
+        ));
+    }
+    if let Some(place) = &snapshot.unaccounted {
+        doubts.push(format!("the devices' state is not as QEMU describes it: {place}"));
+    }
+    if is_stepped(clocks) {
+        doubts.push("the host's clock was set while QEMU sent its snapshot".to_owned());
+    }
+    if end.is_some_and(|end| end.parameters_differ) {
+        doubts.push(
+            "somebody else changed QEMU's parameters of migration meanwhile; a snapshot sets none"
+                .to_owned(),
+        );
+    }
+    doubts
 }
 
 /// A snapshot under way.
@@ -283,16 +335,18 @@ impl<'a> Taking<'a> {
         work: &'a Work<'a>,
         map: &MemoryMap,
         budget: Duration,
-        into: &Into<'_>,
-        cells: &mut [Cell],
+        into: &Destination<'_>,
+        cells: &[Cell],
     ) -> Result<Self, Cut<PassError>> {
         let (ours, theirs) = UnixStream::pair().map_err(make("a socket"))?;
-        let file = |name| scratch_file(name).map_err(make("a file in memory")).map(File::from);
-        let (pulse, state) = (file("stillframe-pulse")?, file("stillframe-devices")?);
-        stall::beat(&pulse, 0).map_err(make("a file in memory"))?;
-        let table = Table::new(file("stillframe-pages")?);
-        for (number, cell) in (0u64..).zip(cells.iter()) {
-            table.put(number, &Table::unsealed(cell)).map_err(make("the table of blocks"))?;
+        let file = |name, len: usize| {
+            scratch_file(name, len as u64).map_err(make("a file in memory")).map(File::from)
+        };
+        let pulse = file("stillframe-pulse", stall::PULSE)?;
+        let state = file("stillframe-devices", reader::DEVICE_STATE)?;
+        let table = Table::new(file("stillframe-pages", Table::len_of(cells.len()))?);
+        for (number, cell) in (0u64..).zip(cells) {
+            table.put(number, &Table::unknown(cell)).map_err(make("the table of blocks"))?;
         }
         let begin = Begin {
             store: wheres(into.segments),
@@ -311,12 +365,26 @@ impl<'a> Taking<'a> {
         Ok(Self { work, budget, reader, table, state, theirs, ours, pulse, watch, began_ns })
     }
 
-    /// Has QEMU begin.
+    /// Has QEMU begin. The guardian may hang just then: so it is looked already whether the stream is
+    /// read.
     fn begin(&mut self, guardian: &mut Guardian) -> Result<(), GuardianError> {
         // Nobody but QEMU and the guardian has it from here on: its end is the stream's.
         let Some(theirs) = self.theirs.take() else { return Ok(()) };
         let (ours, pulse) = (self.ours.as_fd(), self.pulse.as_fd());
-        guardian.snapshot(nanos(self.budget), theirs.as_fd(), ours, pulse)
+        let (begun, budget, watch) = (AtomicBool::new(false), self.budget, &mut self.watch);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !begun.load(Ordering::Relaxed) {
+                    if watch.look().is_ok_and(|waited| waited > budget) {
+                        return watch.cut();
+                    }
+                    thread::sleep(LOOK);
+                }
+            });
+            let result = guardian.snapshot(nanos(budget), theirs.as_fd(), ours, pulse);
+            begun.store(true, Ordering::Relaxed);
+            result
+        })
     }
 
     /// Waits until all has come, and samples protected pages meanwhile.
@@ -367,7 +435,13 @@ impl<'a> Taking<'a> {
     }
 
     /// Takes over what the reader says of each block.
-    fn collect(&self, cells: &mut [Cell], whole: Option<&Whole>, passes: &mut Vec<Pass>) {
+    fn collect(
+        &self,
+        cells: &mut [Cell],
+        pluggable: &[GuestRange],
+        whole: Option<&Whole>,
+        passes: &mut Vec<Pass>,
+    ) {
         let log = self.work.log;
         let came =
             whole.map(|whole| (log.since_ns(whole.first_page_ns), log.since_ns(whole.last_ns)));
@@ -375,8 +449,15 @@ impl<'a> Taking<'a> {
         let span = Span { t0_ns, t1_ns };
         let mut bytes = 0;
         for (number, cell) in (0u64..).zip(cells.iter_mut()) {
+            let may = |(page, state): (GuestRange, &PageState)| match state {
+                PageState::Data | PageState::Zero | PageState::Unreadable => true,
+                PageState::Discarded => pluggable.iter().any(|device| device.covers(page)),
+                PageState::Hole | PageState::Excluded => false,
+            };
             let known = self.table.get(number).ok().filter(|entry| {
-                entry.block == cell.block && entry.states.len() == cell.states.len()
+                entry.block == cell.block
+                    && entry.states.len() == cell.states.len()
+                    && pages(entry.block).zip(&entry.states).all(may)
             });
             let Some(entry) = known else { continue };
             // Of a stream that was cut off, a block of which nothing came was not reached.
@@ -397,7 +478,7 @@ impl<'a> Taking<'a> {
     }
 
     fn device_state(&self, whole: &Whole) -> Vec<u8> {
-        let mut bytes = vec![0; index(whole.device_state.min(crate::reader::DEVICE_STATE as u64))];
+        let mut bytes = vec![0; index(whole.device_state.min(reader::DEVICE_STATE as u64))];
         // What cannot be read back is missing in the record.
         if self.state.read_exact_at(&mut bytes, 0).is_err() {
             bytes.clear();
@@ -471,19 +552,14 @@ fn protected(work: &Work<'_>, at: GuestRange, buffer: &mut Vec<u8>) -> Option<(D
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qemu::facts::Migration;
 
     #[test]
     fn the_stop_is_the_last_before_the_first_page() {
-        let end = |stops_us: &[i64], resumes_us: &[i64]| ShotEnd {
-            migration: Migration::default(),
+        let end = |stops_us: &[i64], resumes_us: &[i64]| Stops {
             stops_us: stops_us.to_vec(),
             resumes_us: resumes_us.to_vec(),
-            broken: None,
-            not_restored: None,
-            run_state: "running".into(),
         };
-        let stop = |end: &ShotEnd| stop_of(end, |us| u64::try_from(us).ok(), 100);
+        let stop = |told: &Stops| stop_of(told, |us| u64::try_from(us).ok(), 100);
         let span = |t0_ns, t1_ns| Some(Span { t0_ns, t1_ns });
         assert_eq!(stop(&end(&[90], &[110])), span(90, 110));
         // Others stopped it before, and after.

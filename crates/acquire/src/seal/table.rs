@@ -68,6 +68,11 @@ impl Table {
         &self.file
     }
 
+    /// Bytes of a table for `cells` blocks.
+    pub fn len_of(cells: usize) -> usize {
+        cells.saturating_mul(ENTRY)
+    }
+
     /// Number of entries.
     ///
     /// # Errors
@@ -126,9 +131,9 @@ impl Table {
         broken
     }
 
-    /// An entry for `cell`, of which nothing is known.
-    pub fn unsealed(cell: &Cell) -> Entry {
-        let states = cell.states.to_vec();
+    /// An entry for `cell`, of which nothing is there.
+    pub fn unknown(cell: &Cell) -> Entry {
+        let states = vec![PageState::Unreadable; cell.states.len()];
         Entry { block: cell.block, states, digest: Digest::ZERO, sealed: false }
     }
 
