@@ -87,7 +87,8 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
         plan.rejected.iter().map(|r| format!("not      {}: {}", r.method.word(), r.reason)),
     );
     for line in lines {
-        if !output::line(&line) {
+        // Reasons may hold what QEMU says.
+        if !output::line(&safe(&line)) {
             break;
         }
     }

@@ -9,6 +9,7 @@ use lab::tearcheck::utc_ns;
 use lab::{Doing, Lab, Result, Ring, failed, here, runner};
 use serde_json::{Value, json};
 
+use super::super::faults::until_migration_is;
 use super::super::run::{Ended, await_dead, kill, new_dir, recover, undo_files, verify};
 use super::{Left, Subject};
 
@@ -16,6 +17,7 @@ pub(crate) const TESTS: &[runner::Test] = here![
     a_reset_meanwhile,
     a_stop_and_cont_meanwhile,
     a_guest_that_was_stopped_meanwhile_stays_so,
+    a_guest_that_was_stopped_just_before_stays_so,
     a_dimm_meanwhile,
     qemu_quits_meanwhile,
     qemu_is_killed_meanwhile,
@@ -134,6 +136,40 @@ fn a_guest_that_was_stopped_meanwhile_stays_so(lab: &Lab) -> Result<()> {
         assert_before(&record["manifest"], at);
     }
     assert_eq!(record["manifest"]["vm"]["run_state_after"], "paused");
+    recover(lab, &subject.guest)?;
+    assert_eq!(subject.guest.status()?, "paused", "after recover");
+    subject.guest.cont()?;
+    subject.assert_clean()?;
+    subject.guest.finish()
+}
+
+/// Memory that QEMU has to give pages first, which takes it a while.
+const UNTOUCHED: [&str; 6] = [
+    "-m",
+    "slots=2,maxmem=8G",
+    "-object",
+    "memory-backend-memfd,id=large,size=2G,share=on",
+    "-device",
+    "pc-dimm,memdev=large",
+];
+
+/// While QEMU still prepares, a stop is somebody else's: the snapshot is given up, and the guest not let
+/// go on.
+fn a_guest_that_was_stopped_just_before_stays_so(lab: &Lab) -> Result<()> {
+    let like = |guest: lab::Builder| guest.args(&UNTOUCHED);
+    let mut subject = Subject::boot_like(lab, Ring::wide(64), like)?;
+    let out = new_dir(lab, "before")?;
+    let run = subject.start(&out)?;
+    until_migration_is(&mut subject.guest, "setup")?;
+    subject.guest.stop()?;
+    let migration = subject.guest.qmp("query-migrate", json!({}))?;
+    if migration["status"] != "setup" {
+        return Err(failed(format_args!("void: QEMU was done preparing: {}", migration["status"])));
+    }
+    let ended = run.end()?.expect(1)?;
+    println!("         {}", ended.done("reason"));
+    assert_eq!(subject.judge(&out, &ended)?, Left::Partial);
+    assert_eq!(subject.guest.status()?, "paused");
     recover(lab, &subject.guest)?;
     assert_eq!(subject.guest.status()?, "paused", "after recover");
     subject.guest.cont()?;
