@@ -501,8 +501,8 @@ impl Keeper {
         let (Some(monitor), Some(shot)) = (&mut self.monitor, &mut self.shot) else { return };
         if let Err(error) = shot.tick(monitor, &mut self.undo) {
             self.notes.add("snapshot", json!({ "error": error.to_string() }));
-            // A connection that failed once is of no use any more, and the next one may work.
-            shot.cut();
+            // A connection that failed once is of no use any more, and the next one may work. The stream
+            // goes on: it is looked after by whoever reads it, and by the watch.
             self.monitor = None;
         }
     }

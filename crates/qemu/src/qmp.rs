@@ -676,6 +676,10 @@ impl Qmp {
         if !self.usable {
             return Err(QmpError::Broken);
         }
+        if deadline.left().is_none() {
+            // Nothing was sent: the connection is as good as before.
+            return Err(QmpError::Timeout { doing, waited: deadline.length });
+        }
         let id = self.next_id;
         self.next_id += 1;
         let mut line =

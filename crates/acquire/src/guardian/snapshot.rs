@@ -36,7 +36,7 @@ const ASK: Duration = Duration::from_millis(50);
 
 /// How long it may take to answer: its main loop may wait for a page that is protected, just when the
 /// stream is to be looked after.
-const ANSWER: Duration = Duration::from_millis(20);
+const ANSWER: Duration = Duration::from_millis(50);
 
 /// Stops that are kept, the last ones.
 const TOLD: usize = 256;
