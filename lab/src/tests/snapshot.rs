@@ -414,7 +414,7 @@ fn slow_rings_are_of_one_instant(lab: &Lab) -> Result<()> {
 
 fn rings_of_kvm_guests_are_of_one_instant(lab: &Lab) -> Result<()> {
     let cases = cases(|ring| ring);
-    of_one_instant(lab, &cases[..lab.scale(2, 4)], lab.scale(2, 60), lab.scale(1, 5))
+    of_one_instant(lab, &cases[..lab.scale(1, 4)], lab.scale(3, 60), lab.scale(1, 5))
 }
 
 fn linux_is_of_one_instant(lab: &Lab) -> Result<()> {
