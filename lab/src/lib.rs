@@ -25,6 +25,7 @@ pub mod outer;
 pub mod pattern;
 mod places;
 pub mod proc;
+mod program;
 mod qmp;
 mod ring;
 pub mod runner;

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::error::{Doing, Result, failed};
 use crate::guest::Guest;
+use crate::program;
 use crate::tearcheck::{Offset, RunId, beat_in};
 use crate::tearpage;
 
@@ -19,8 +20,8 @@ const COMPARING: Duration = Duration::from_millis(150);
 /// Longest wait for the guest's clock to go on at all.
 const STANDING: Duration = Duration::from_secs(20);
 
-/// Where the program's files lie in the guest.
-const DIR: &str = "/tmp/tearbench";
+/// The program's name.
+const NAME: &str = "tearbench";
 
 /// What the program is told; the defaults suit a guest of 256 MiB and two CPUs.
 #[derive(Debug, Clone)]
@@ -65,20 +66,17 @@ impl Tearbench {
         let Options { mib, spread, ledger, ledger_pages, rate, thp } = options;
         let (thp, huge) = if *thp { (1, "madvise") } else { (0, "never") };
         let id = run.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let script = format!(
-            "set -e; rm -rf {DIR}; mkdir {DIR}; cd {DIR}
-            quiet() {{ [ ! -e $2 ] || echo $1 > $2; }}
-            quiet 0 /proc/sys/vm/compact_unevictable_allowed
-            quiet 0 /proc/sys/kernel/numa_balancing
-            quiet {huge} /sys/kernel/mm/transparent_hugepage/enabled
-            /bin/tearbench run={id} mib={mib} spread={spread} ledger={ledger} rate={rate} thp={thp} \
-            ledger_pages={ledger_pages} command={DIR}/command > said 2>&1 &
-            while [ ! -s said ] && kill -0 $!; do usleep 20000; done; cat said; kill -0 $!"
+        let before = format!(
+            "quiet 0 /proc/sys/kernel/numa_balancing
+            quiet {huge} /sys/kernel/mm/transparent_hugepage/enabled"
         );
-        let said = guest.sh_within(&script, ARMING)?;
-        let armed: Value = serde_json::from_str(said.trim()).doing(format_args!("{said:?}"))?;
-        if armed["armed"] != true || armed["run"] != *id {
-            return Err(failed(format_args!("tearbench said {armed}")));
+        let args = format!(
+            "run={id} mib={mib} spread={spread} ledger={ledger} rate={rate} thp={thp} \
+             ledger_pages={ledger_pages}"
+        );
+        let armed = program::start(guest, NAME, &args, &before, ARMING)?;
+        if armed["run"] != *id {
+            return Err(failed(format_args!("{NAME} said {armed}")));
         }
         let pfn = armed["heartbeats"][0].as_u64().ok_or_else(|| failed("no heartbeat"))?;
         let hva = guest.hva(pfn * 4096)? + u64::try_from(tearpage::BEAT_AT)?;
@@ -88,12 +86,12 @@ impl Tearbench {
 
     /// What the program says of itself: `stores`, `gaps`, `canary_ok`, `moved_pages`, ... It goes on.
     pub fn report(&self, guest: &mut Guest) -> Result<Value> {
-        ask(guest, "report")
+        program::ask(guest, NAME, "report")
     }
 
     /// The same, and it ends.
     pub fn end(self, guest: &mut Guest) -> Result<Value> {
-        ask(guest, "end")
+        program::ask(guest, NAME, "end")
     }
 
     /// Compares the guest's clock with the host's: the host looks at the guest's heartbeat for a
@@ -139,15 +137,6 @@ impl Tearbench {
         let beat = beat_in(&looks[0]).filter(|_| looks[0] == looks[1]);
         Ok(beat.map(|(number, _, entry)| (number, entry.realtime_ns)))
     }
-}
-
-fn ask(guest: &mut Guest, word: &str) -> Result<Value> {
-    let said = guest.sh(&format!(
-        "set -e; cd {DIR}; lines=$(wc -l < said); echo {word} > new; mv new command
-        while [ $(wc -l < said) = $lines ] && pidof tearbench > /dev/null; do usleep 20000; done
-        [ $(wc -l < said) -gt $lines ]; tail -n 1 said"
-    ))?;
-    serde_json::from_str(said.trim()).doing(format_args!("{said:?}"))
 }
 
 fn now_ns() -> Result<i64> {
