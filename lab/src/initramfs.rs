@@ -24,6 +24,16 @@ pub const GUEST_MODULES: [&str; 7] = [
     "virtio_mem",
 ];
 
+/// Those that a guest loads for a virtio disk, in the order of dependence.
+pub const DISK_MODULES: [&str; 6] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+];
+
 const BUSYBOX: &str = "/bin/busybox";
 pub(crate) const INIT: &str = include_str!("../guest/init.sh");
 
@@ -34,9 +44,13 @@ pub(crate) fn guest(kit: &Kit, to: &Path) -> Result<()> {
     cpio.file("init", 0o755, INIT.replace("CANARY", CANARY).as_bytes())?;
     cpio.copy("bin/plant", &kit.plant())?;
     cpio.copy("bin/tearbench", &kit.tearbench())?;
+    cpio.copy("bin/diskread", &kit.diskread())?;
     // A copy, not a link: the kernel names a process after the file that it runs.
     cpio.copy(&format!("bin/{CANARY}"), &kit.plant())?;
-    modules(&mut cpio, kit, &GUEST_MODULES)?;
+    let mut names = [&GUEST_MODULES[..], &DISK_MODULES].concat();
+    names.sort_unstable();
+    names.dedup();
+    modules(&mut cpio, kit, &names)?;
     cpio.finish()?;
     Ok(())
 }

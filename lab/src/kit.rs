@@ -92,6 +92,11 @@ impl Kit {
         self.root.join("tearbench/tearbench")
     }
 
+    /// The program that reads a disk in Linux guests.
+    pub fn diskread(&self) -> PathBuf {
+        self.root.join("diskread/diskread")
+    }
+
     /// The ring guest's boot sector, without its parameters.
     pub fn ring(&self) -> PathBuf {
         self.root.join("ring/ring.bin")

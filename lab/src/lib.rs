@@ -15,6 +15,10 @@
 
 pub mod bare;
 mod cpio;
+pub mod diskcheck;
+#[path = "../guest/diskpage.rs"]
+pub mod diskpage;
+pub mod diskread;
 mod error;
 mod guest;
 mod initramfs;
@@ -40,7 +44,7 @@ pub mod terminal;
 
 pub use error::{Doing, Failure, Result, failed, skipped};
 pub use guest::{Accel, Backing, Builder, Guest, Machine, file_filler};
-pub use initramfs::{CANARY, GUEST_MODULES};
+pub use initramfs::{CANARY, DISK_MODULES, GUEST_MODULES};
 pub use kit::{Kit, Version, cache};
 pub use mtree::Range;
 pub use places::{Place, Places};

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cpio::Cpio;
+use crate::diskread::SLOW_MODULES;
 use crate::error::{Doing, Result, failed};
 use crate::guest::fresh_dir;
 use crate::initramfs::{self, create};
@@ -29,6 +30,9 @@ const MODULES: [&str; 9] = [
     "kvm",
     "kvm-amd",
 ];
+
+/// Programs of this machine that are there too, in `/usr/bin`.
+pub(crate) const PROGRAMS: [&str; 2] = ["/usr/bin/setpriv", "/sbin/dmsetup"];
 
 /// Firmware and option ROMs that the lab's machine types load.
 const FIRMWARE: [&str; 11] = [
@@ -65,14 +69,17 @@ pub(crate) fn initramfs(kit: &Kit, to: &Path) -> Result<()> {
     let mut cpio = Cpio::new(create(to)?);
     initramfs::base(&mut cpio)?;
     cpio.file("init", 0o755, INIT.replace("MODULES", &MODULES.join(" ")).as_bytes())?;
-    initramfs::modules(&mut cpio, kit, &MODULES)?;
+    initramfs::modules(&mut cpio, kit, &[&MODULES[..], &SLOW_MODULES].concat())?;
     let inside = Kit::at(PathBuf::from("/lab"));
-    let mut programs = vec![PathBuf::from("/usr/bin/setpriv")];
+    let mut programs: Vec<PathBuf> = PROGRAMS.iter().map(PathBuf::from).collect();
+    for program in &programs {
+        let name = program.file_name().unwrap_or_default();
+        cpio.copy(&relative(&Path::new("/usr/bin").join(name)), program)?;
+    }
     for version in [Version::V7_2, Version::V10_0] {
         cpio.copy(&relative(&inside.qemu_binary(version)), &kit.qemu_binary(version))?;
         programs.push(kit.qemu_binary(version));
     }
-    cpio.copy("usr/bin/setpriv", &programs[0])?;
     for library in libraries(&programs)? {
         cpio.copy(&relative(&library), &library)?;
     }

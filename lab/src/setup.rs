@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::diskread::SLOW_MODULES;
 use crate::error::{Doing, Result, failed};
 use crate::kit::{self, Kit, Version};
 use crate::{initramfs, outer};
 
 /// Programs that must be on the machine, and the Debian packages that bring them.
-const NEEDED: [(&str, &str); 7] = [
+const NEEDED: [(&str, &str); 8] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
     ("/usr/lib/python3/dist-packages/venv-is-here", "python3-venv"),
@@ -23,6 +24,8 @@ const NEEDED: [(&str, &str); 7] = [
     ("/usr/bin/g++", "g++"),
     ("/usr/bin/dpkg-deb", "dpkg"),
     ("/usr/bin/setpriv", "util-linux"),
+    // For the slow disk in the outer guest.
+    ("/sbin/dmsetup", "dmsetup"),
 ];
 
 /// Python packages of the analysis environment.
@@ -32,6 +35,8 @@ const PLANT: &str = include_str!("../guest/plant.rs");
 const PATTERN: &str = include_str!("../guest/pattern.rs");
 const TEARBENCH: &str = include_str!("../guest/tearbench.rs");
 const TEARPAGE: &str = include_str!("../guest/tearpage.rs");
+const DISKREAD: &str = include_str!("../guest/diskread.rs");
+const DISKPAGE: &str = include_str!("../guest/diskpage.rs");
 const RING: &str = include_str!("../guest/ring.S");
 
 /// How long other package managers may keep their locks.
@@ -54,6 +59,8 @@ pub fn run() -> Result<Kit> {
     setup.step("plant", &sources, "the program for guests", |to| setup.plant(to))?;
     let sources = format!("{TEARBENCH}{TEARPAGE}{PATTERN}");
     setup.step("tearbench", &sources, "the tear benchmark's guest", |to| setup.tearbench(to))?;
+    let sources = format!("{DISKREAD}{DISKPAGE}{PATTERN}");
+    setup.step("diskread", &sources, "the guest that reads a disk", |to| setup.diskread(to))?;
     setup.step("ring", RING, "the ring guest", |to| setup.ring(to))?;
     setup.step("images", &setup.inputs()?, "initramfs images", |to| setup.images(to))?;
     Ok(setup.kit)
@@ -169,6 +176,11 @@ impl Setup {
         guest_program(to, "tearbench", &sources)
     }
 
+    fn diskread(&self, to: &Path) -> Result<()> {
+        let sources = [("diskread", DISKREAD), ("diskpage", DISKPAGE), ("pattern", PATTERN)];
+        guest_program(to, "diskread", &sources)
+    }
+
     /// A boot sector, linked to where the firmware loads it.
     fn ring(&self, to: &Path) -> Result<()> {
         let [source, object] = ["ring.S", "ring.o"].map(|name| to.join(name));
@@ -182,14 +194,17 @@ impl Setup {
     /// What the images are made of: they are made again when any of it changes.
     fn inputs(&self) -> Result<String> {
         let mut inputs = String::new();
-        for part in
-            ["kernel.stamp", "qemu-10.0.stamp", "plant.stamp", "tearbench.stamp", "kernel/version"]
-        {
+        let parts = ["kernel", "qemu-10.0", "plant", "tearbench", "diskread"];
+        let stamps = parts.map(|part| format!("{part}.stamp"));
+        for part in stamps.iter().map(String::as_str).chain(["kernel/version"]) {
             inputs.push_str(&fs::read_to_string(self.kit.root().join(part))?);
         }
         inputs.push_str(&self.kit.qemu_version(Version::V7_2)?);
         inputs.push_str(initramfs::INIT);
         inputs.push_str(outer::INIT);
+        inputs.push_str(&initramfs::DISK_MODULES.concat());
+        inputs.push_str(&outer::PROGRAMS.concat());
+        inputs.push_str(&SLOW_MODULES.concat());
         Ok(inputs)
     }
 
