@@ -6,8 +6,10 @@
 //! devices wrote (src/diskcheck.rs). It prints a line of JSON when it reads (`armed`), and one for
 //! every word in the file `command`: `report`, or `end`, after which it ends.
 //!
-//! Keys, with their defaults: `device` (/dev/vda), `mib` (24: memory between the pages and the
-//! ledgers), `threads` (16), `pages` (512: K), `command` (/tmp/diskread/command).
+//! Keys, with their defaults: `devices` (/dev/vda; of several, with commas between them, thread t
+//! reads number t modulo how many there are), `mib` (12: memory, of which the lowest pages are read
+//! into and the highest are the ledgers), `threads` (16), `pages` (2048: K), `command`
+//! (/tmp/diskread/command).
 
 mod diskpage;
 mod pattern;
@@ -44,7 +46,7 @@ fn main() {
 
 /// What the command line says.
 struct Plan {
-    device: String,
+    devices: Vec<String>,
     mib: usize,
     threads: usize,
     pages: usize,
@@ -54,10 +56,10 @@ struct Plan {
 impl Plan {
     fn parse() -> Result<Self, Error> {
         let mut plan = Self {
-            device: String::from("/dev/vda"),
-            mib: 24,
+            devices: vec![String::from("/dev/vda")],
+            mib: 12,
             threads: 16,
-            pages: 512,
+            pages: 2048,
             command: String::from("/tmp/diskread/command"),
         };
         for arg in std::env::args().skip(1) {
@@ -65,7 +67,7 @@ impl Plan {
             let (key, value) = arg.split_once('=').ok_or_else(bad)?;
             let number = || value.parse::<usize>().map_err(|_| bad());
             match key {
-                "device" => value.clone_into(&mut plan.device),
+                "devices" => plan.devices = value.split(',').map(str::to_owned).collect(),
                 "mib" => plan.mib = number()?,
                 "threads" => plan.threads = number()?,
                 "pages" => plan.pages = number()?,
@@ -102,8 +104,15 @@ struct Board {
 
 fn run() -> Result<(), Error> {
     let plan = Plan::parse()?;
-    let mut device = OpenOptions::new().read(true).custom_flags(O_DIRECT).open(&plan.device)?;
-    let blocks = device.seek(SeekFrom::End(0))? / PAGE as u64;
+    let open = |device: &String| {
+        OpenOptions::new().read(true).custom_flags(O_DIRECT).open(device).map_err(|e| {
+            Error::other(format!("{device}: {e}"))
+        })
+    };
+    let mut devices = plan.devices.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let lens = devices.iter_mut().map(|device| device.seek(SeekFrom::End(0)));
+    let shortest = lens.collect::<Result<Vec<_>, _>>()?.into_iter().min().unwrap_or(0);
+    let blocks = shortest / PAGE as u64;
     if blocks == 0 || blocks % plan.pages as u64 != 0 {
         return Err(Error::other(format!("{blocks} blocks are no multiple of the pages")));
     }
@@ -119,6 +128,7 @@ fn run() -> Result<(), Error> {
     // end to the other has the ledgers of a later time.
     let mut order: Vec<(u64, &mut Page)> = frames.iter().copied().zip(&mut memory).collect();
     order.sort_unstable_by_key(|(pfn, _)| *pfn);
+    order.iter_mut().for_each(|(_, page)| page.0.fill(0));
     let ledgers = order.split_off(count - plan.threads);
     order.truncate(plan.pages);
     let reader = |(thread, ledger)| Reader { thread, ledger, pages: Vec::new() };
@@ -128,9 +138,9 @@ fn run() -> Result<(), Error> {
         diskpage::block(number as u64, &mut page.0);
         readers[number % plan.threads].pages.push((pfn, page));
     }
-    let (board, plan, device) = (&Board::default(), &plan, &device);
+    let (board, plan) = (&Board::default(), &plan);
     std::thread::scope(|scope| {
-        for mut reader in readers {
+        for (mut reader, device) in readers.into_iter().zip(devices.iter().cycle()) {
             reader.begin(plan, blocks);
             scope.spawn(move || reader.for_ever(plan, device, blocks, board));
         }
@@ -207,7 +217,6 @@ impl Reader<'_> {
             blocks: blocks as u32,
             pfn: *own,
         };
-        page.0.fill(0);
         page.0[..diskpage::HEADER].copy_from_slice(&header.encode());
         let entries = page.0[diskpage::ENTRIES_AT..].chunks_exact_mut(diskpage::ENTRY);
         let numbers = (self.thread..).step_by(plan.threads);
@@ -227,7 +236,7 @@ impl Reader<'_> {
             unsafe { AtomicU64::from_ptr(ledger.add(at).cast::<u64>()) }
         };
         let entries: Vec<&AtomicU64> = (0..pages.len()).map(entry).collect();
-        let mut expected = [0; PAGE];
+        let (mut expected, mut state) = ([0; PAGE], thread as u64 + 1);
         let numbers = (thread as u64..).step_by(plan.threads);
         for (number, page) in numbers.zip((0..pages.len()).cycle()).skip(pages.len()) {
             if board.end.load(Ordering::Relaxed) {
@@ -238,13 +247,17 @@ impl Reader<'_> {
             let read = device.read_exact_at(bytes, block * PAGE as u64);
             // From here on an image must have the block.
             entries[page].store(number, Ordering::Release);
-            let took = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            board.slowest_ns.fetch_max(took, Ordering::Relaxed);
+            let took = start.elapsed();
+            let took_ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+            board.slowest_ns.fetch_max(took_ns, Ordering::Relaxed);
             diskpage::block(block, &mut expected);
             if read.is_err() || *bytes != expected {
                 board.wrong.fetch_add(1, Ordering::Release);
             }
             board.reads.fetch_add(1, Ordering::Release);
+            // Half as long at most: so the threads do not go in step, and at any time a few reads have
+            // just begun, and a few are about to end.
+            std::thread::sleep(took * (pattern::next(&mut state) >> 56) as u32 / 512);
         }
     }
 }

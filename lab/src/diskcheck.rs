@@ -38,9 +38,10 @@ pub struct Flaws {
     pub foreign: Vec<u64>,
 }
 
-/// A thread's ledger: the address of each page, and the last read into it that had ended.
+/// A thread's ledger: where it lies, the address of each page, and the last read into it that had ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Ledger {
+    at: u64,
     threads: u32,
     pages: u64,
     blocks: u64,
@@ -63,6 +64,17 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    /// Both together.
+    fn and(self, other: &Self) -> Self {
+        Self {
+            pages: self.pages + other.pages,
+            landing: self.landing + other.landing,
+            stale: self.stale + other.stale,
+            oldest: self.oldest.max(other.oldest),
+            ahead: self.ahead + other.ahead,
+        }
+    }
+
     /// Whether the guest's memory looked like this at some instant.
     pub fn is_one_instant(&self) -> bool {
         self.stale == 0 && self.ahead == 0
@@ -107,7 +119,7 @@ impl Scan {
         let entries =
             entries.map(|entry| (u64_at(entry, 0).saturating_mul(4096), u64_at(entry, 8)));
         let (pages, blocks) = (u64::from(pages), u64::from(blocks));
-        let ledger = Ledger { threads, pages, blocks, entries: entries.collect() };
+        let ledger = Ledger { at, threads, pages, blocks, entries: entries.collect() };
         if !sound || self.ledgers.insert(thread, ledger).is_some() {
             self.flaws.misplaced.push(at);
         }
@@ -115,29 +127,38 @@ impl Scan {
 
     /// What the image shows, all of it having been looked at. A failure when it has flaws.
     pub fn verdict(&self) -> Result<Verdict> {
-        let (verdict, flaws) = self.judge();
-        match flaws == Flaws::default() && verdict.pages > 0 {
-            true => Ok(verdict),
-            false => Err(failed(format_args!(
-                "the image has not the pages as they were: {} judged, {flaws:x?}",
-                verdict.pages
-            ))),
+        Ok(self.verdicts(1)?.into_iter().next().unwrap_or_default())
+    }
+
+    /// The same of each disk, of which there are so many: thread t reads number t modulo that.
+    pub fn verdicts(&self, disks: usize) -> Result<Vec<Verdict>> {
+        let (verdicts, flaws) = self.judge();
+        if flaws != Flaws::default() || verdicts.is_empty() {
+            return Err(failed(format_args!(
+                "the image has not the pages of {} threads as they were: {flaws:x?}",
+                verdicts.len()
+            )));
         }
+        let of = |disk| verdicts.iter().skip(disk).step_by(disks.max(1));
+        Ok((0..disks).map(|disk| of(disk).fold(Verdict::default(), |sum, v| sum.and(v))).collect())
     }
 
-    /// Address of every page that is read into, in the order of the ledgers.
-    pub fn places(&self) -> Vec<u64> {
-        let all = self.ledgers.values().flat_map(|ledger| &ledger.entries);
-        all.map(|(at, _)| *at).collect()
+    /// Address of every page that is read into, then of every ledger.
+    pub fn places(&self) -> (Vec<u64>, Vec<u64>) {
+        let ledgers = self.ledgers.values();
+        let pages = ledgers.clone().flat_map(|ledger| ledger.entries.iter().map(|(at, _)| *at));
+        (pages.collect(), ledgers.map(|ledger| ledger.at).collect())
     }
 
-    fn judge(&self) -> (Verdict, Flaws) {
-        let (mut verdict, mut flaws) = (Verdict::default(), Flaws::default());
+    /// Of each thread.
+    fn judge(&self) -> (Vec<Verdict>, Flaws) {
+        let (mut verdicts, mut flaws) = (Vec::new(), Flaws::default());
         flaws.misplaced.clone_from(&self.flaws.misplaced);
         let threads = self.ledgers.values().next().map_or(0, |ledger| ledger.threads);
         flaws.missing_ledgers = (0..threads).filter(|t| !self.ledgers.contains_key(t)).collect();
         for ledger in self.ledgers.values() {
             // The thread's next read goes to the page of its oldest one.
+            let mut verdict = Verdict::default();
             let next = ledger.entries.iter().map(|(_, read)| *read).min();
             for (at, read) in &ledger.entries {
                 let Some(numbers) = self.pages.get(at) else {
@@ -153,8 +174,9 @@ impl Scan {
                 }
                 verdict.add(numbers, *read, ledger, next == Some(*read));
             }
+            verdicts.push(verdict);
         }
-        (verdict, flaws)
+        (verdicts, flaws)
     }
 }
 
@@ -206,15 +228,10 @@ pub struct Runs {
 impl Runs {
     /// Counts an image.
     pub fn count(&mut self, verdict: &Verdict) {
-        let Verdict { pages, landing, stale, oldest, ahead } = *verdict;
         self.images += 1;
-        self.stale += u32::from(stale > 0);
+        self.stale += u32::from(verdict.stale > 0);
         self.torn += u32::from(!verdict.is_one_instant());
-        self.sum.pages += pages;
-        self.sum.landing += landing;
-        self.sum.stale += stale;
-        self.sum.oldest = self.sum.oldest.max(oldest);
-        self.sum.ahead += ahead;
+        self.sum = self.sum.and(verdict);
     }
 }
 

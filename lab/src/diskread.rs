@@ -19,9 +19,9 @@ use crate::program;
 /// The program's name.
 const NAME: &str = "diskread";
 
-/// Blocks of the disk: 64 MiB. A page is full of the same again after as many reads as there are
-/// blocks for each page.
-const BLOCKS: u64 = 1 << 14;
+/// Blocks of the disk: 128 MiB. A page is full of the same again after as many reads as there are
+/// blocks for each page, which are 16.
+const BLOCKS: u64 = 1 << 15;
 
 /// Longest wait for the program's first read.
 const ARMING: Duration = Duration::from_secs(60);
@@ -41,18 +41,19 @@ impl Aio {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Threads, Self::Native, Self::IoUring];
 
-    /// QEMU's argument for a disk that is read so, past the host's page cache.
+    /// QEMU's argument for a disk that is read so, past the host's page cache. There may be several of
+    /// the same, as nobody writes.
     pub fn drive(self, disk: &Path) -> String {
         let aio = match self {
             Self::Threads => "threads",
             Self::Native => "native",
             Self::IoUring => "io_uring",
         };
-        format!("file={},format=raw,if=virtio,cache=none,aio={aio}", disk.display())
+        format!("file={},format=raw,if=virtio,cache=none,readonly=on,aio={aio}", disk.display())
     }
 }
 
-/// The program, running in a guest whose first virtio disk is one of these.
+/// The program, running in a guest whose virtio disks are all of these.
 #[derive(Debug)]
 pub struct Diskread {
     /// What it said when it was ready: `threads`, `pages`, `blocks`.
@@ -60,14 +61,18 @@ pub struct Diskread {
 }
 
 impl Diskread {
-    /// Starts it and waits for the first read.
-    pub fn start(guest: &mut Guest) -> Result<Self> {
+    /// Starts it on so many disks and waits for the first read.
+    pub fn start(guest: &mut Guest, disks: usize) -> Result<Self> {
+        let devices = ["/dev/vda", "/dev/vdb", "/dev/vdc"];
+        let devices = devices.get(..disks).ok_or_else(|| failed("so many disks"))?;
         let before = format!(
             "for m in {}; do [ -d /sys/module/$m ] || insmod /modules/$m.ko; done
-            while [ ! -b /dev/vda ]; do usleep 20000; done",
-            DISK_MODULES.join(" ")
+            for d in {}; do while [ ! -b $d ]; do usleep 20000; done; done",
+            DISK_MODULES.join(" "),
+            devices.join(" ")
         );
-        Ok(Self { armed: program::start(guest, NAME, "", &before, ARMING)? })
+        let args = format!("devices={}", devices.join(","));
+        Ok(Self { armed: program::start(guest, NAME, &args, &before, ARMING)? })
     }
 
     /// What it says of itself: `reads`, `slowest_ns`, `wrong`, `moved_pages`. It goes on.

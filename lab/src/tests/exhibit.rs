@@ -41,13 +41,26 @@ pub(super) fn take(lab: &Lab, guest: &Guest, flags: &[&str]) -> Result<Exhibit> 
 /// Acquires a guest by a method into a new directory of the scratch one; complete by its exit code
 /// and by its name.
 pub(super) fn acquire(lab: &Lab, guest: &Guest, method: &str, flags: &[&str]) -> Result<Exhibit> {
+    acquire_at_best(lab, guest, method, flags, &[0])
+}
+
+/// The same by an acquisition that may end with any of these codes.
+pub(super) fn acquire_at_best(
+    lab: &Lab,
+    guest: &Guest,
+    method: &str,
+    flags: &[&str],
+    codes: &[i32],
+) -> Result<Exhibit> {
     let out = lab.scratch().join("exhibits");
     fs::create_dir_all(&out)?;
     let vm = guest.pid().to_string();
     let mut args = vec!["acquire", &vm, "--method", method, "--json", "-o"];
     args.push(out.to_str().unwrap_or_default());
     args.extend(flags);
-    let run = lab.tool(&args)?.expect_code(0)?;
+    let run = lab.tool(&args)?;
+    let code = run.status.code().filter(|code| codes.contains(code)).unwrap_or(0);
+    let run = run.expect_code(code)?;
     let last = run.stdout.lines().last().unwrap_or_default();
     let done: Value = serde_json::from_str(last).doing("the last line of --json")?;
     let dir = done["exhibit"].as_str().ok_or_else(|| failed(format_args!("done is {done}")))?;

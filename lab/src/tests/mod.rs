@@ -1,6 +1,7 @@
 //! The lab's tests. A suite is a module with a list `TESTS`; a test is a function of five lines.
 
 mod cli;
+mod disk;
 mod exhibit;
 mod faults;
 mod footprint;
@@ -33,6 +34,7 @@ pub(crate) fn all() -> Vec<Test> {
         snapshot::BLOWS,
         snapshot::MEANWHILE,
         tearbench::TESTS,
+        disk::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,
@@ -44,6 +46,7 @@ pub(crate) fn all() -> Vec<Test> {
         track::MEANWHILE,
         snapshot::OUTER,
         tearbench::OUTER,
+        disk::OUTER,
         holds::OUTER,
     ]
     .concat()

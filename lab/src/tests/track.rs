@@ -45,14 +45,14 @@ fn track_is_refused_where_it_would_lie(lab: &Lab) -> Result<()> {
 }
 
 /// Transparent huge pages of the kernel that runs here, until dropped.
-struct HugePages {
+pub(super) struct HugePages {
     before: String,
 }
 
 const HUGE: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 impl HugePages {
-    fn set(word: &str) -> Result<Self> {
+    pub(super) fn set(word: &str) -> Result<Self> {
         let text = fs::read_to_string(HUGE).doing(HUGE)?;
         let before = text.split(['[', ']']).nth(1).unwrap_or("madvise").to_owned();
         fs::write(HUGE, word).doing(HUGE)?;
