@@ -41,15 +41,20 @@ impl Aio {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Threads, Self::Native, Self::IoUring];
 
-    /// QEMU's argument for a disk that is read so, past the host's page cache. There may be several of
-    /// the same, as nobody writes.
-    pub fn drive(self, disk: &Path) -> String {
-        let aio = match self {
+    /// QEMU's word for it.
+    fn word(self) -> &'static str {
+        match self {
             Self::Threads => "threads",
             Self::Native => "native",
             Self::IoUring => "io_uring",
-        };
-        format!("file={},format=raw,if=virtio,cache=none,readonly=on,aio={aio}", disk.display())
+        }
+    }
+
+    /// QEMU's argument for a disk that is read so, past the host's page cache. There may be several of
+    /// the same, as nobody writes.
+    pub fn drive(self, disk: &Path) -> String {
+        let (disk, aio) = (disk.display(), self.word());
+        format!("file={disk},format=raw,if=virtio,cache=none,readonly=on,aio={aio}")
     }
 }
 
@@ -100,7 +105,7 @@ pub fn write_disk(path: &Path) -> Result<()> {
 }
 
 /// The same disk in the outer guest, with a latency: a ram disk behind `dm-delay`, which keeps a read
-/// for that long and then passes it on. So the data lands in the page at the *end*, as it does on a
+/// for that long and then passes it on. There is one for each way to read it, all of the same blocks. So the data lands in the page at the *end*, as it does on a
 /// slow disk. null_blk (memory_backed=1, completion_nsec) and scsi_debug (delay) copy at once and keep
 /// only the completion: a page that was given to them long ago is whole, and all images are.
 #[derive(Debug)]
@@ -109,11 +114,8 @@ pub struct SlowDisk(());
 /// Its modules, in the order of dependence.
 pub(crate) const SLOW_MODULES: [&str; 3] = ["brd", "dm-mod", "dm-delay"];
 
-/// Name of the device.
-const SLOW: &str = "lab-slow";
-
 impl SlowDisk {
-    /// Makes it, as quick as memory yet. There can be one at a time.
+    /// Makes them, as quick as memory yet. They can be there once at a time.
     pub fn new() -> Result<Self> {
         let brd = format!("rd_nr=1 max_part=0 rd_size={}", BLOCKS * 4);
         for (module, settings) in SLOW_MODULES.into_iter().zip([brd.as_str(), "", ""]) {
@@ -123,25 +125,33 @@ impl SlowDisk {
         }
         let disk = Self(());
         write_disk(Path::new("/dev/ram0"))?;
-        run(dmsetup("create").args(["--table", &table(Duration::ZERO)]))?;
+        for aio in Aio::ALL {
+            run(dmsetup("create", aio).args(["--table", &table(Duration::ZERO)]))?;
+        }
         Ok(disk)
     }
 
-    /// Where it is.
-    pub fn path(&self) -> PathBuf {
-        Path::new("/dev/mapper").join(SLOW)
+    /// Where the one for `aio` is.
+    pub fn path(&self, aio: Aio) -> PathBuf {
+        Path::new("/dev/mapper").join(slow(aio))
     }
 
-    /// From now on each read takes so long. Those that wait are done at once.
-    pub fn set(&self, latency: Duration) -> Result<()> {
-        run(dmsetup("reload").args(["--table", &table(latency)]))?;
-        run(&mut dmsetup("resume"))
+    /// From now on each read takes as long as `latency` says for the way. Those that wait are done at
+    /// once.
+    pub fn set(&self, latency: impl Fn(Aio) -> Duration) -> Result<()> {
+        for aio in Aio::ALL {
+            run(dmsetup("reload", aio).args(["--table", &table(latency(aio))]))?;
+            run(&mut dmsetup("resume", aio))?;
+        }
+        Ok(())
     }
 }
 
 impl Drop for SlowDisk {
     fn drop(&mut self) {
-        let _ = run(dmsetup("remove").arg("--retry"));
+        for aio in Aio::ALL {
+            let _ = run(dmsetup("remove", aio).arg("--retry"));
+        }
         for module in SLOW_MODULES.into_iter().rev() {
             let _ = run(Command::new("rmmod").arg(module));
         }
@@ -152,10 +162,14 @@ fn table(latency: Duration) -> String {
     format!("0 {} delay /dev/ram0 0 {}", BLOCKS * 8, latency.as_millis())
 }
 
+fn slow(aio: Aio) -> String {
+    format!("lab-slow-{}", aio.word())
+}
+
 /// There is no udev that would make the device's file.
-fn dmsetup(command: &str) -> Command {
+fn dmsetup(command: &str, aio: Aio) -> Command {
     let mut dmsetup = Command::new("dmsetup");
-    dmsetup.args([command, SLOW]).env("DM_DISABLE_UDEV", "1");
+    dmsetup.args([command, &slow(aio)]).env("DM_DISABLE_UDEV", "1");
     dmsetup
 }
 
