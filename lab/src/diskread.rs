@@ -105,9 +105,10 @@ pub fn write_disk(path: &Path) -> Result<()> {
 }
 
 /// The same disk in the outer guest, with a latency: a ram disk behind `dm-delay`, which keeps a read
-/// for that long and then passes it on. There is one for each way to read it, all of the same blocks. So the data lands in the page at the *end*, as it does on a
+/// for that long and then passes it on. So the data lands in the page at the *end*, as it does on a
 /// slow disk. null_blk (memory_backed=1, completion_nsec) and scsi_debug (delay) copy at once and keep
-/// only the completion: a page that was given to them long ago is whole, and all images are.
+/// only the completion: a page that was given to them long ago is whole, and all images are. There is
+/// one for each way to read it, all of the same blocks.
 #[derive(Debug)]
 pub struct SlowDisk(());
 

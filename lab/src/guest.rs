@@ -521,7 +521,21 @@ impl Guest {
     /// Runs a shell script in the guest; its output and exit status.
     pub fn sh_status(&mut self, script: &str, patience: Duration) -> Result<(String, i32)> {
         let serial = self.serial.as_mut().ok_or_else(|| failed("a blank guest has no shell"))?;
-        serial.run(script, patience)
+        let answer = serial.run(script, patience);
+        answer.map_err(|e| failed(format_args!("{e}; {}", self.symptoms())))
+    }
+
+    /// What can be seen from outside of a guest that does not answer.
+    fn symptoms(&mut self) -> String {
+        let console = self.console();
+        let last: Vec<_> = console.lines().rev().take(3).collect();
+        let mut looks = Vec::new();
+        for command in ["info status", "info registers", "info pic", "info lapic"] {
+            let said = self.human(command).unwrap_or_else(|e| e.to_string());
+            let lines = said.lines().map(str::trim).filter(|line| !line.starts_with("FPR"));
+            looks.push(lines.take(12).collect::<Vec<_>>().join(" | "));
+        }
+        format!("its console ends with {last:?}; QEMU says {looks:?}")
     }
 
     /// Starts `/bin/plant ARGS` in the guest and waits until its memory is written. It stays.

@@ -63,6 +63,12 @@ const IS_UP: &str = ">>>outer up";
 /// How often it is started.
 const STARTS: u32 = 3;
 
+/// Its kernel says every half a minute that a CPU is stuck, and for how many seconds. Seen with QEMU 7.2:
+/// one CPU waits in the kernel for another, which sleeps and is not woken, for ever. No program in there
+/// can do that: QEMU's translator has lost an interrupt.
+const STUCK: &str = "soft lockup - CPU#";
+const STUCK_FOR: u64 = 50;
+
 /// Everything but what a job adds: both QEMUs with their libraries and firmware, the kernel and
 /// initramfs of inner guests, in the places where [`Kit`] looks for them.
 pub(crate) fn initramfs(kit: &Kit, to: &Path) -> Result<()> {
@@ -130,8 +136,8 @@ pub struct Outer {
 pub struct Output {
     /// What the script wrote to stdout and stderr.
     pub text: String,
-    /// Its exit status.
-    pub status: i32,
+    /// Its exit status; `None` when a CPU of the outer guest got stuck, which was then killed.
+    pub status: Option<i32>,
     /// A directory with what it left in `/out`; removed with this value.
     pub out: PathBuf,
     /// Time from the start of the outer guest to its end.
@@ -147,7 +153,7 @@ impl Outer {
             memory_mib: 3072,
             cpus: 2,
             files: Vec::new(),
-            version: Version::V7_2,
+            version: Version::V10_0,
             echo: false,
         }
     }
@@ -210,25 +216,28 @@ impl Outer {
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(at("qemu.log"))?);
         let (mut child, output) = (up(&mut command, &at("output"))?, at("output"));
-        let ended = self.watch(&mut child, &output, deadline);
+        let ended = self.watch(&mut child, &output, &at("console"), deadline);
         let text = job_output(&output);
         let complain = |what: String| {
             let tail = |text: &str| text[text.len().saturating_sub(2000)..].trim().to_owned();
             let (console, log) = (tail(&read(&at("console"))), read(&at("qemu.log")));
             failed(format_args!("outer guest: {what}; it said: {} {console} {log}", tail(&text)))
         };
-        ended.map_err(|e| complain(e.to_string()))?;
+        let out = at("out");
+        if ended.map_err(|e| complain(e.to_string()))? == Ended::Stuck {
+            return Ok(Output { text, status: None, out, took: start.elapsed(), _dir: dir });
+        }
         let ending = text.rsplit_once("\n>>>outer ");
         let ending = ending.and_then(|(text, n)| Some((text, n.trim().parse().ok()?)));
         let (text, status) = ending.ok_or_else(|| complain("died".to_owned()))?;
-        let out = at("out");
         fs::create_dir(&out)?;
         let tar = Command::new("tar").arg("-xf").arg(at("out.tar")).arg("-C").arg(&out).status()?;
         if !tar.success() {
             return Err(failed("cannot unpack what the outer guest left in /out"));
         }
         fs::remove_file(at("out.tar"))?;
-        Ok(Output { text: text.to_owned(), status, out, took: start.elapsed(), _dir: dir })
+        let (text, status) = (text.to_owned(), Some(status));
+        Ok(Output { text, status, out, took: start.elapsed(), _dir: dir })
     }
 
     /// The cached image followed by an archive of the job: the kernel unpacks both.
@@ -246,7 +255,13 @@ impl Outer {
     }
 
     /// Waits for the end and passes on new output meanwhile.
-    fn watch(&self, child: &mut Child, output: &Path, deadline: Duration) -> Result<()> {
+    fn watch(
+        &self,
+        child: &mut Child,
+        output: &Path,
+        console: &Path,
+        deadline: Duration,
+    ) -> Result<Ended> {
         let until = Instant::now() + deadline;
         let mut shown = 0;
         let mut show = || {
@@ -265,15 +280,33 @@ impl Outer {
         while Instant::now() < until {
             if child.try_wait()?.is_some() {
                 show();
-                return Ok(());
+                return Ok(Ended::ByItself);
             }
             show();
+            if stuck_for(&read(console)) >= STUCK_FOR {
+                child.kill().and_then(|()| child.wait()).doing("ending the outer guest")?;
+                return Ok(Ended::Stuck);
+            }
             std::thread::sleep(Duration::from_millis(100));
         }
         wait(child, Duration::ZERO)
             .doing(format_args!("past its {} s", deadline.as_secs()))
-            .map(drop)
+            .map(|_| Ended::ByItself)
     }
+}
+
+/// How the outer guest ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    ByItself,
+    Stuck,
+}
+
+/// For how many seconds a CPU has been stuck, by the kernel's last word on it.
+fn stuck_for(console: &str) -> u64 {
+    let said = console.rsplit_once(STUCK).map(|(_, said)| said);
+    let seconds = said.and_then(|said| said.split_once("stuck for ")?.1.split_once('s'));
+    seconds.and_then(|(seconds, _)| seconds.parse().ok()).unwrap_or(0)
 }
 
 /// Starts the outer guest and waits until it is up.
@@ -355,4 +388,17 @@ fn shell(script: &str) -> Result<()> {
         return Ok(());
     }
     Err(failed(format_args!("`{script}`: {}", String::from_utf8_lossy(&out.stderr))))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_stuck_cpu_is_seen() {
+        let said =
+            "[  228.4] watchdog: BUG: soft lockup - CPU#1 stuck for 26s! [khugepaged:36]\r\n";
+        assert_eq!(super::stuck_for(said), 26);
+        assert_eq!(super::stuck_for(&format!("{said}{}", said.replace("26s", "104s"))), 104);
+        assert_eq!(super::stuck_for("all is well"), 0);
+        assert_eq!(super::stuck_for("soft lockup - CPU#1 st"), 0);
+    }
 }

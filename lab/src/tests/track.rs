@@ -5,13 +5,16 @@ mod meanwhile;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::Duration;
 
 use lab::tear::Runs;
 use lab::{
     Backing, Doing, GUEST_MODULES, Guest, Lab, Result, Ring, Version, failed, here, outer, pattern,
-    skipped,
+    proc, skipped,
 };
 use serde_json::{Value, json};
 
@@ -26,6 +29,7 @@ pub(crate) const OUTER: &[lab::runner::Test] = outer![
     track_of_huge_pages_is_one_instant,
     a_busy_linux_guest_is_followed,
     a_merging_host_and_a_balloon_lose_nothing,
+    a_swapping_host_loses_nothing,
     a_busy_guest_is_held_a_part_of_what_a_dump_takes,
 ];
 
@@ -95,7 +99,7 @@ fn one_instant(lab: &Lab, control: bool) -> Result<()> {
             let ring = if slow { ring.delay(SLOW) } else { ring };
             let mut subject = Subject::boot(lab, ring, Backing::Anonymous, Version::V10_0)?;
             let (mut runs, mut figures) = (Runs::default(), Figures::default());
-            for _ in 0..lab.scale(2, 8) {
+            for _ in 0..lab.scale(2, 30) {
                 let exhibit = acquire(lab, &subject.guest, "track", &FLAGS)?;
                 assert_eq!(exhibit.manifest["class"], "quasi-instantaneous");
                 figures.add(&exhibit.manifest)?;
@@ -150,33 +154,44 @@ fn is_one_instant(rounds: &BTreeSet<u64>) -> bool {
     first.zip(last).is_some_and(|(first, last)| last - first <= 1)
 }
 
-/// A program of a Linux guest that goes round its pages, ten times a second, and whatever else such a
-/// guest does.
+/// Images of a Linux guest in which a program goes round its pages, ten times a second, and of whatever
+/// else such a guest does: one instant each.
 fn followed(lab: &Lab, guest: &mut Guest, images: u32, flags: &[&str]) -> Result<()> {
-    let flags = [&["--stall-budget", "900ms"], flags].concat();
     let mut figures = Figures::default();
     for _ in 0..images {
-        let exhibit = acquire(lab, guest, "track", &flags)?;
-        lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
-        let rounds = rounds(guest, &exhibit)?;
-        assert!(is_one_instant(&rounds), "track: {rounds:?}");
-        assert_eq!(exhibit.manifest["class"], "quasi-instantaneous");
-        figures.add(&exhibit.manifest)?;
-        exhibit.remove()?;
+        figures.add(&one_round(lab, guest, "track", flags)?)?;
     }
-    // As slow as the program is fast.
-    let control = acquire(lab, guest, "live", &["--max-rate", "32M"])?;
-    let torn = rounds(guest, &control)?;
-    assert!(!is_one_instant(&torn), "void: live shows one instant too");
-    control.remove()?;
-    println!("         {figures}; live shows {} rounds", torn.len());
+    println!("         {figures}");
     Ok(())
+}
+
+/// The record of one image of such a guest, which must show one instant.
+fn one_round(lab: &Lab, guest: &mut Guest, method: &str, flags: &[&str]) -> Result<Value> {
+    let flags = [&["--stall-budget", "900ms", "--file-digest", "no"], flags].concat();
+    let exhibit = acquire(lab, guest, method, &flags)?;
+    lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
+    let rounds = rounds(guest, &exhibit)?;
+    assert!(is_one_instant(&rounds), "{method}: {rounds:?}");
+    assert_eq!(exhibit.manifest["class"], "quasi-instantaneous");
+    let manifest = exhibit.manifest.clone();
+    exhibit.remove()?;
+    Ok(manifest)
+}
+
+/// The control: an image by `live`, as slow as the program is fast, shows many instants.
+fn smeared(lab: &Lab, guest: &mut Guest) -> Result<()> {
+    let control = acquire(lab, guest, "live", &["--max-rate", "32M", "--file-digest", "no"])?;
+    let rounds = rounds(guest, &control)?;
+    assert!(!is_one_instant(&rounds), "void: live shows one instant too");
+    println!("         live shows {} rounds", rounds.len());
+    control.remove()
 }
 
 fn a_busy_linux_guest_is_followed(lab: &Lab) -> Result<()> {
     let mut guest = lab.guest().memory_mib(128).boot()?;
     guest.plant("dirty 8 20480", Duration::from_secs(60))?;
     followed(lab, &mut guest, lab.scale(2, 10), &[])?;
+    smeared(lab, &mut guest)?;
     guest.finish()
 }
 
@@ -263,11 +278,45 @@ impl Drop for Merging {
     }
 }
 
-/// Pages lose their marks when they are merged, and when the balloon takes them: neither is taken for
-/// a page that was not written.
+/// Takes and gives back 24 MiB in the guest, over and over: its kernel reports what is free, and QEMU
+/// gives that to the host.
+const CHURN: &str = "(while :; do dd if=/dev/zero of=/tmp/churn bs=1M count=24; sleep 1; \
+                     rm /tmp/churn; sleep 3; done) > /dev/null 2>&1 &";
+
+/// Looks twenty times a second how much of a guest is resident.
+struct Residency {
+    end: Arc<AtomicBool>,
+    thread: JoinHandle<Result<[u64; 2]>>,
+}
+
+impl Residency {
+    fn watch(guest: &Guest) -> Self {
+        let end = Arc::new(AtomicBool::new(false));
+        let (ended, pid) = (Arc::clone(&end), guest.pid());
+        let thread = spawn(move || {
+            let [mut least, mut most] = [u64::MAX, 0];
+            while !ended.load(Ordering::Relaxed) {
+                let now = proc::status(pid, "VmRSS")? * 1024;
+                [least, most] = [least.min(now), most.max(now)];
+                sleep(Duration::from_millis(50));
+            }
+            Ok([least, most])
+        });
+        Self { end, thread }
+    }
+
+    /// The least and the most, in bytes.
+    fn end(self) -> Result<[u64; 2]> {
+        self.end.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_else(|_| Err(failed("the watcher panicked")))
+    }
+}
+
+/// Pages lose their marks when they are merged, when the balloon takes them, and when the guest reports
+/// them as free: none is taken for a page that was not written.
 fn a_merging_host_and_a_balloon_lose_nothing(lab: &Lab) -> Result<()> {
     let _merging = Merging::start()?;
-    let balloon = ["-device", "virtio-balloon-pci"];
+    let balloon = ["-device", "virtio-balloon-pci,free-page-reporting=on"];
     let mut guest = lab.guest().memory_mib(160).args(&balloon).boot()?;
     guest.sh(&format!("for m in {}; do insmod /modules/$m.ko; done", GUEST_MODULES.join(" ")))?;
     guest.plant("dirty 8 20480", Duration::from_secs(60))?;
@@ -276,6 +325,87 @@ fn a_merging_host_and_a_balloon_lose_nothing(lab: &Lab) -> Result<()> {
         guest.qmp("balloon", json!({ "value": size << 20 }))?;
         followed(lab, &mut guest, images, &["--io-horizon", "100ms"])?;
     }
+    guest.qmp("balloon", json!({ "value": 160 << 20 }))?;
+    guest.sh(CHURN)?;
+    let residency = Residency::watch(&guest);
+    followed(lab, &mut guest, lab.scale(1, 8), &["--io-horizon", "100ms"])?;
+    smeared(lab, &mut guest)?;
+    let [least, most] = residency.end()?;
+    println!("         reported as free meanwhile: {} of {} MiB", (most - least) >> 20, most >> 20);
+    assert!(most - least > 8 << 20, "void: the guest gives nothing back");
+    guest.finish()
+}
+
+/// A host that takes pages of a guest into its swap all the time.
+struct Swapping {
+    group: PathBuf,
+    before: [u64; 2],
+    end: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The kernel's counters of pages that came in and that went out.
+const SWAPPED: [&str; 2] = ["pswpin", "pswpout"];
+
+impl Swapping {
+    fn start(guest: &Guest) -> Result<Self> {
+        lab::outer::swap_on(256)?;
+        let root = Path::new("/sys/fs/cgroup");
+        fs::write(root.join("cgroup.subtree_control"), "+memory").doing("+memory")?;
+        let group = root.join("swapping");
+        fs::create_dir(&group).doing("the group")?;
+        fs::write(group.join("cgroup.procs"), guest.pid().to_string()).doing("cgroup.procs")?;
+        let (end, before) = (Arc::new(AtomicBool::new(false)), SWAPPED.map(vmstat));
+        let (ended, reclaim) = (Arc::clone(&end), group.join("memory.reclaim"));
+        let thread = spawn(move || {
+            while !ended.load(Ordering::Relaxed) {
+                // EAGAIN: so much was not to be had just now.
+                let _ = fs::write(&reclaim, "4M");
+                sleep(Duration::from_millis(20));
+            }
+        });
+        Ok(Self { group, before, end, thread: Some(thread) })
+    }
+
+    /// Ends it: how many pages came in and went out meanwhile.
+    fn end(&mut self) -> Result<[u64; 2]> {
+        self.end.store(true, Ordering::Relaxed);
+        let ended = self.thread.take().map_or(Ok(()), JoinHandle::join);
+        ended.map_err(|_| failed("the swapping thread panicked"))?;
+        let [came, went] = SWAPPED.map(vmstat);
+        Ok([came - self.before[0], went - self.before[1]])
+    }
+}
+
+impl Drop for Swapping {
+    fn drop(&mut self) {
+        let _ = self.end();
+        let _ = fs::remove_dir(&self.group);
+        let _ = lab::outer::swap_off();
+    }
+}
+
+/// One of the kernel's counters of pages.
+fn vmstat(name: &str) -> u64 {
+    let text = fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    lines.find(|(key, _)| *key == name).and_then(|(_, n)| n.parse().ok()).unwrap_or(0)
+}
+
+/// What went into the swap and came back is neither stale nor lost, marked or not.
+fn a_swapping_host_loses_nothing(lab: &Lab) -> Result<()> {
+    let mut guest = lab.guest().memory_mib(128).boot()?;
+    guest.plant("dirty 8 20480", Duration::from_secs(60))?;
+    let mut swapping = Swapping::start(&guest)?;
+    followed(lab, &mut guest, lab.scale(1, 20), &["--io-horizon", "100ms"])?;
+    for _ in 0..lab.scale(1, 20) {
+        let manifest = one_round(lab, &mut guest, "snapshot", &[])?;
+        assert_eq!(manifest["disturbances"], json!([]));
+    }
+    smeared(lab, &mut guest)?;
+    let [came, went] = swapping.end()?;
+    println!("         {went} pages went into the swap meanwhile, {came} came back");
+    assert!(came > 1000 && went > 1000, "void: {went} out, {came} in");
     guest.finish()
 }
 
