@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod image;
+pub mod libvirt;
 pub mod monitor;
 pub mod process;
 pub mod qmp;
@@ -20,12 +21,13 @@ pub mod verify;
 pub type Seeds = (&'static str, fn() -> Vec<Vec<u8>>);
 
 /// The seeds of every target.
-pub const SEEDS: [Seeds; 16] = [
+pub const SEEDS: [Seeds; 17] = [
     ("blocks", record::blocks_seeds),
     ("cmdline", process::cmdline_seeds),
     ("elf", image::elf_seeds),
     ("gpa2hva", monitor::gpa2hva_seeds),
     ("journal", record::journal_seeds),
+    ("libvirt", libvirt::seeds),
     ("lime", image::lime_seeds),
     ("manifest", record::manifest_seeds),
     ("map", image::map_seeds),

@@ -325,6 +325,7 @@ fn blank_manifest() -> Result<Manifest> {
         audit: None,
         tracking: None,
         snapshot: None,
+        slices: None,
         case: Case { number: Some("2026-117".into()), ..Case::default() },
         operator: Operator {
             uid: 0,

@@ -222,7 +222,7 @@ fn left_behind() -> Check {
 
 /// One line for each VM: whether its process can be read, and whether it has a monitor.
 fn guests() -> Vec<Check> {
-    let Ok(rows) = crate::find::list() else { return Vec::new() };
+    let Ok(crate::find::Listing { rows, .. }) = crate::find::list() else { return Vec::new() };
     rows.iter()
         .map(|row| {
             let name = format!("VM {}", row.name);
@@ -233,6 +233,10 @@ fn guests() -> Vec<Check> {
                     format!("PID {}: its memory cannot be opened", row.pid),
                     "run as root; in a container, with CAP_SYS_PTRACE and the host's PID namespace",
                 );
+            }
+            if let Some(domain) = &row.libvirt {
+                let found = format!("PID {}, monitor through libvirt's {}", row.pid, domain.socket);
+                return Check::good(&name, found);
             }
             match row.monitors.as_slice() {
                 [] => Check::bad(

@@ -1,6 +1,13 @@
 //! Find: which VMs run on this host, and which one is meant.
 //!
-//! Everything here comes from /proc: no monitor is opened, so looking leaves no trace in QEMU.
+//! What a VM is comes from its process; who manages it from libvirt's sockets that only list and from
+//! Proxmox's files. No monitor is opened, so looking leaves no trace in QEMU.
+
+mod libvirt;
+mod proxmox;
+
+pub use libvirt::LibvirtDomain;
+pub use proxmox::ProxmoxVm;
 
 use crate::monitor::Whom;
 use host::Process;
@@ -33,6 +40,21 @@ pub struct Row {
     pub monitors: Vec<String>,
     /// The binary.
     pub exe: String,
+    /// It sees other mounts than we do, as in a container.
+    pub own_mounts: bool,
+    /// The domain that it is, by libvirt's word.
+    pub libvirt: Option<LibvirtDomain>,
+    /// The VM that it is, by Proxmox's files.
+    pub proxmox: Option<ProxmoxVm>,
+}
+
+/// The VMs on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// By process id.
+    pub rows: Vec<Row>,
+    /// Who could not be asked, and why.
+    pub silent: Vec<String>,
 }
 
 /// A VM that was chosen.
@@ -48,6 +70,8 @@ pub struct Target {
     pub cmdline: CommandLine,
     /// Sockets to try, in order.
     pub sockets: Vec<PathBuf>,
+    /// libvirt has the monitor, and passes commands on.
+    pub through: Option<LibvirtDomain>,
 }
 
 impl Target {
@@ -59,6 +83,8 @@ impl Target {
             sockets: self.sockets.clone(),
             accelerator: self.row.accelerator.clone(),
             confidential: self.cmdline.confidential.clone(),
+            through: self.through.clone(),
+            shared: self.row.proxmox.is_some(),
         }
     }
 }
@@ -116,23 +142,30 @@ pub enum FindError {
     },
 }
 
-/// Every VM on this host, by process id. A process that ends while it is looked at, or that we may
-/// not look at, is left out.
+/// Every VM on this host. A process that ends while it is looked at, or that we may not look at, is
+/// left out.
 ///
 /// # Errors
 /// [`FindError::Proc`] when there is no list of processes.
-pub fn list() -> Result<Vec<Row>, FindError> {
-    let mut rows: Vec<Row> = process::all_pids()
+pub fn list() -> Result<Listing, FindError> {
+    let (targets, silent) = all()?;
+    Ok(Listing { rows: targets.into_iter().map(|target| target.row).collect(), silent })
+}
+
+fn all() -> Result<(Vec<Target>, Vec<String>), FindError> {
+    let mut targets: Vec<Target> = process::all_pids()
         .map_err(FindError::Proc)?
         .into_iter()
         .filter_map(|pid| look(pid).ok().flatten())
-        .map(|target| target.row)
         .collect();
-    rows.sort_by_key(|row| row.pid);
-    Ok(rows)
+    targets.sort_by_key(|target| target.row.pid);
+    let managers = Managers::ask();
+    targets.iter_mut().for_each(|target| managers.join(target));
+    Ok((targets, managers.domains.silent))
 }
 
-/// The one VM that `wanted` means: a name, a UUID, a PID or the path of a QMP socket.
+/// The one VM that `wanted` means: a name, a UUID, a PID, a number of Proxmox's, or the path of a QMP
+/// socket.
 ///
 /// # Errors
 /// [`FindError`] says who else runs, or who all fit.
@@ -140,33 +173,70 @@ pub fn one(wanted: &str) -> Result<Target, FindError> {
     if wanted.contains('/') {
         return by_socket(Path::new(wanted));
     }
-    let rows = list()?;
-    let fits = |row: &&Row| {
-        row.name == wanted
-            || row.pid.to_string() == wanted
-            || row.uuid.as_deref().is_some_and(|uuid| uuid.eq_ignore_ascii_case(wanted))
-    };
-    let found: Vec<&Row> = rows.iter().filter(fits).collect();
-    match found.as_slice() {
-        [row] => by_pid(row.pid, wanted),
-        [] => Err(FindError::Nobody {
+    let (mut targets, _) = all()?;
+    let running: Vec<String> = targets.iter().map(|target| target.row.name.clone()).collect();
+    targets.retain(|target| target.row.is_called(wanted));
+    match targets.len() {
+        0 => Err(FindError::Nobody { wanted: wanted.to_owned(), running }),
+        1 => Ok(targets.remove(0)),
+        _ => Err(FindError::Several {
             wanted: wanted.to_owned(),
-            running: rows.iter().map(|row| row.name.clone()).collect(),
-        }),
-        several => Err(FindError::Several {
-            wanted: wanted.to_owned(),
-            candidates: several
-                .iter()
-                .map(|row| format!("{} (PID {})", row.name, row.pid))
-                .collect(),
+            candidates: targets.iter().map(|target| target.row.candidate()).collect(),
         }),
     }
 }
 
-fn by_pid(pid: u32, wanted: &str) -> Result<Target, FindError> {
-    look(pid)
-        .map_err(|cause| FindError::Process { pid, cause })?
-        .ok_or_else(|| FindError::Nobody { wanted: wanted.to_owned(), running: Vec::new() })
+impl Row {
+    fn is_called(&self, wanted: &str) -> bool {
+        let vmid = self.proxmox.as_ref().map(|vm| vm.vmid);
+        self.name == wanted
+            || [Some(self.pid), vmid].iter().flatten().any(|id| id.to_string() == wanted)
+            || self.uuid.as_deref().is_some_and(|uuid| uuid.eq_ignore_ascii_case(wanted))
+    }
+
+    /// For a choice among several.
+    fn candidate(&self) -> String {
+        let vmid = self.proxmox.as_ref().map(|vm| format!(", Proxmox's {}", vm.vmid));
+        format!("{} (PID {}{})", self.name, self.pid, vmid.unwrap_or_default())
+    }
+}
+
+/// Who manages VMs on this host.
+struct Managers {
+    domains: libvirt::Domains,
+    proxmox: Vec<(u32, ProxmoxVm)>,
+}
+
+impl Managers {
+    fn ask() -> Self {
+        let own = Process::open(std::process::id());
+        let domains = own.map(|own| libvirt::Domains::seen_by(&own, Path::new("/")));
+        Self { domains: domains.unwrap_or_default(), proxmox: proxmox::list() }
+    }
+
+    /// Adds what they know of a VM.
+    fn join(&self, target: &mut Target) {
+        let row = &mut target.row;
+        row.proxmox =
+            self.proxmox.iter().find(|(pid, _)| *pid == row.pid).map(|(_, vm)| vm.clone());
+        let find =
+            |domains: &libvirt::Domains| domains.find(&row.name, row.uuid.as_deref()).cloned();
+        row.libvirt = find(&self.domains);
+        if row.libvirt.is_none() && row.own_mounts && row.uuid.is_some() {
+            // A libvirt in the same container.
+            row.libvirt = find(&libvirt::Domains::seen_by(&target.process, &root_of(row.pid)));
+        }
+        if let Some(domain) = &row.libvirt {
+            // Its monitor is libvirt's.
+            target.sockets.clear();
+            target.through = Some(domain.clone());
+        }
+    }
+}
+
+/// What process `pid` sees as `/`.
+fn root_of(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/root"))
 }
 
 /// The process behind a socket is who the kernel says it is, not who a command line claims.
@@ -207,8 +277,11 @@ fn look(pid: u32) -> Result<Option<Target>, host::HostError> {
         machine: cmdline.machine.clone(),
         monitors: sockets.iter().map(|path| path.display().to_string()).collect(),
         exe: String::from_utf8_lossy(&exe).into_owned(),
+        own_mounts: process.has_own_mounts(),
+        libvirt: None,
+        proxmox: None,
     };
-    Ok(Some(Target { row, process, argv, cmdline, sockets }))
+    Ok(Some(Target { row, process, argv, cmdline, sockets, through: None }))
 }
 
 /// A QEMU that has a KVM virtual machine open runs `kvm`, whatever it was asked for; of several
@@ -226,7 +299,7 @@ fn accelerator(cmdline: &CommandLine, fds: &[Fd]) -> String {
 
 /// QMP sockets of the command line; one that was inherited as a descriptor by its path in the
 /// kernel's table of sockets. Relative paths are taken from QEMU's working directory, which QEMU
-/// does not change unless it was told to become a daemon.
+/// does not change unless it was told to become a daemon. A QEMU in a container means its own paths.
 fn sockets(process: &Process, cmdline: &CommandLine, fds: &[Fd]) -> Vec<PathBuf> {
     let inherited = |number: u32| -> Option<PathBuf> {
         let inode = fds.iter().find(|fd| fd.number == number)?.socket()?;
@@ -244,5 +317,14 @@ fn sockets(process: &Process, cmdline: &CommandLine, fds: &[Fd]) -> Vec<PathBuf>
             true => process.cwd().map_or(path.clone(), |cwd| cwd.join(&path)),
             false => path,
         })
+        .map(|path| seen_from_here(process, path))
         .collect()
+}
+
+/// A path that a process means, as we reach it.
+fn seen_from_here(process: &Process, path: PathBuf) -> PathBuf {
+    if !process.has_own_mounts() {
+        return path;
+    }
+    root_of(process.pid()).join(path.strip_prefix("/").unwrap_or(&path))
 }

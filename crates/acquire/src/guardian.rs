@@ -5,6 +5,7 @@
 //! dies or hangs itself, capture kills it and starts another one, which begins by undoing what the
 //! file of [`crate::undo`] says; when both are gone, `stillframe recover` does the same.
 
+mod slices;
 mod snapshot;
 
 pub use snapshot::{ShotEnd, Stops};
@@ -24,6 +25,7 @@ use qemu::facts::BlockTimes;
 use qemu::qmp::Change;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use slices::Slices;
 use snapshot::Shot;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -69,6 +71,12 @@ enum Ask {
     Snapshot { budget_ns: u64 },
     /// The stream was read to its end, or nobody wants the rest of it.
     SnapshotEnd { whole: bool },
+    /// Give QEMU a file to copy memory into; it comes behind.
+    SlicesBegin,
+    /// Have QEMU copy guest-physical memory into it.
+    Slice { gpa: u64, len: u64 },
+    /// Take the file back.
+    SlicesEnd,
     /// Give the monitor to others.
     Leave,
     /// The end.
@@ -98,6 +106,8 @@ enum Reply {
     Continued(Continued),
     /// To [`Ask::SnapshotEnd`].
     Shot(Box<ShotEnd>),
+    /// To [`Ask::Slice`]: how long QEMU took, in nanoseconds.
+    Sliced { took_ns: u64 },
     /// Done.
     Done,
 }
@@ -127,7 +137,7 @@ pub struct Continued {
 /// What was undone of a run that had died.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Undone {
-    /// What it had announced: `ptrace`, `stop` or `snapshot`.
+    /// What it had announced: `ptrace`, `stop`, `snapshot` or `slices`.
     pub held: String,
     /// What was found and done, for people.
     pub text: String,
@@ -153,7 +163,8 @@ pub fn undo(
 ) -> Result<Option<Undone>, AskError> {
     let unreadable = |error: io::Error| AskError::Query(format!("the undo file: {error}"));
     let left = undo.left().map_err(unreadable)?;
-    let (Some(Line::Begin { target, name, sockets, .. }), Some(held)) = (left.begin, left.held)
+    let (Some(Line::Begin { target, name, sockets, through, .. }), Some(held)) =
+        (left.begin, left.held)
     else {
         return Ok(None);
     };
@@ -164,12 +175,18 @@ pub fn undo(
             text: "its threads were held by ptrace; the kernel has let them go".to_owned(),
         },
         line => {
-            let what = if matches!(line, Line::Snapshot { .. }) { "snapshot" } else { "stop" };
+            let what = match line {
+                Line::Snapshot { .. } => "snapshot",
+                Line::Slices { .. } => "slices",
+                _ => "stop",
+            };
             let text = match target.open() {
                 None => format!("the VM is gone; a {what} of it was announced"),
                 Some(_) => {
                     let (accelerator, confidential) = (String::new(), None);
-                    let whom = Whom { name, pid: target.pid, sockets, accelerator, confidential };
+                    let (pid, shared) = (target.pid, false);
+                    let whom =
+                        Whom { name, pid, sockets, accelerator, confidential, through, shared };
                     let monitor = match monitor {
                         Some(monitor) => monitor,
                         None => monitor.insert(Monitor::open(&whom, notes)?),
@@ -178,6 +195,7 @@ pub fn undo(
                         Line::Snapshot { found, begun, let_be, .. } => {
                             snapshot::put_back(monitor, &found, begun, let_be)?
                         }
+                        Line::Slices { set } => slices::take_back(monitor, set)?,
                         _ => go_on(monitor)?,
                     }
                 }
@@ -240,6 +258,10 @@ struct Keeper {
     expired: bool,
     /// A snapshot that QEMU takes, or has taken.
     shot: Option<Shot>,
+    /// A file that QEMU copies memory into.
+    slices: Option<Slices>,
+    /// How often the monitor was given back to others.
+    reopened: u32,
 }
 
 impl Keeper {
@@ -275,6 +297,7 @@ impl Keeper {
             target,
             name: whom.name.clone(),
             sockets: whom.sockets.clone(),
+            through: whom.through.clone(),
             capture: who,
             guardian,
         };
@@ -292,6 +315,8 @@ impl Keeper {
             holder: None,
             expired: false,
             shot: None,
+            slices: None,
+            reopened: 0,
         };
         // Whether it is heard or not: what is not undone is undone in the end.
         let _ = keeper.answer(reply);
@@ -335,6 +360,7 @@ impl Keeper {
                 }
                 other => self.act(other),
             };
+            self.give_back();
             if self.answer(reply).is_err() {
                 break;
             }
@@ -354,7 +380,11 @@ impl Keeper {
                 let whom = self.whom.clone();
                 Ok(Reply::Looked(Box::new(self.monitor()?.look(&whom)?)))
             }
-            Ask::Again => Ok(Reply::Again(Box::new(self.monitor()?.again()?))),
+            Ask::Again => {
+                let mut again = self.monitor()?.again()?;
+                again.reopened = again.reopened.saturating_add(self.reopened);
+                Ok(Reply::Again(Box::new(again)))
+            }
             Ask::BlockTimes => Ok(Reply::BlockTimes(self.monitor()?.block_times()?)),
             Ask::Arm { until_ns, holder } => {
                 self.announce(&Line::Ptrace { until_ns, holder: Some(holder) })?;
@@ -372,11 +402,27 @@ impl Keeper {
             Ask::Cont => self.cont().map(Reply::Continued),
             Ask::Snapshot { budget_ns } => self.snapshot(budget_ns).map(|()| Reply::Done),
             Ask::SnapshotEnd { whole } => self.end_snapshot(whole).map(Reply::Shot),
+            Ask::SlicesBegin => self.begin_slices().map(|()| Reply::Done),
+            Ask::Slice { gpa, len } => self.slice(gpa, len),
+            Ask::SlicesEnd => self.end_slices().map(|()| Reply::Done),
             Ask::Leave => {
                 self.monitor = None;
                 Ok(Reply::Done)
             }
             Ask::Begin { .. } | Ask::Bye => Err(AskError::Query("asked out of turn".to_owned())),
+        }
+    }
+
+    /// A monitor that others need too is theirs between two questions, but for a hold, whose end must
+    /// not wait for anybody, and for a snapshot's stop, of which only events tell.
+    fn give_back(&mut self) {
+        let stop_is_heard =
+            self.shot.as_ref().is_none_or(|shot| shot.is_over() || shot.has_let_go());
+        if self.whom.shared && self.held.is_none() && stop_is_heard && self.monitor.is_some() {
+            self.reopened += u32::from(self.monitor.take().is_some());
+            if let Some(shot) = self.shot.as_mut().filter(|shot| !shot.is_over()) {
+                shot.reconnected();
+            }
         }
     }
 
@@ -389,9 +435,7 @@ impl Keeper {
     }
 
     fn announce(&mut self, line: &Line) -> Result<(), AskError> {
-        self.undo.write(line).map_err(|error| {
-            AskError::Query(format!("cannot write {}: {error}", self.undo.path().display()))
-        })
+        announce(&mut self.undo, line)
     }
 
     fn stop(&mut self, until_ns: u64) -> Result<Stopped, AskError> {
@@ -486,10 +530,40 @@ impl Keeper {
         end.map(Box::new).ok_or_else(|| AskError::Query("the snapshot goes on".to_owned()))
     }
 
+    /// Gives QEMU the file that comes behind.
+    fn begin_slices(&mut self) -> Result<(), AskError> {
+        let none = |error: ChannelError| AskError::Query(told(&error));
+        let file = self.channel.receive_fds(1, PROMPT).map_err(none)?.pop();
+        let file = file.ok_or_else(|| AskError::Query("no file came".to_owned()))?;
+        self.monitor()?;
+        let Some(monitor) = &mut self.monitor else { return Ok(()) };
+        self.slices = Some(Slices::begin(monitor, &mut self.undo, &file)?);
+        Ok(())
+    }
+
+    fn slice(&mut self, gpa: u64, len: u64) -> Result<Reply, AskError> {
+        let (Some(monitor), Some(slices)) = (&mut self.monitor, &self.slices) else {
+            return Err(AskError::Query("QEMU has no file to copy memory into".to_owned()));
+        };
+        slices.copy(monitor, gpa, len).map(|took_ns| Reply::Sliced { took_ns })
+    }
+
+    fn end_slices(&mut self) -> Result<(), AskError> {
+        let Some(slices) = self.slices.take() else { return Ok(()) };
+        self.monitor()?;
+        match &mut self.monitor {
+            Some(monitor) => slices.end(monitor, &mut self.undo),
+            None => Ok(()),
+        }
+    }
+
     /// Between two questions.
     fn look_after_shot(&mut self) {
         if let Some(shot) = &mut self.shot {
             shot.watch();
+            if self.whom.shared && !shot.is_due() {
+                return;
+            }
         }
         if self.monitor.is_none() {
             // QEMU could not be asked the last time.
@@ -505,6 +579,7 @@ impl Keeper {
             // goes on: it is looked after by whoever reads it, and by the watch.
             self.monitor = None;
         }
+        self.give_back();
     }
 
     /// A hold lasted longer than it may.
@@ -531,6 +606,12 @@ impl Keeper {
         // Whatever capture does by now, it holds nothing; what cannot be written is undone twice.
         let _ = self.announce(&Line::Free);
     }
+}
+
+fn announce(undo: &mut Undo, line: &Line) -> Result<(), AskError> {
+    undo.write(line).map_err(|error| {
+        AskError::Query(format!("cannot write {}: {error}", undo.path().display()))
+    })
 }
 
 /// Undoes what is still to be undone, however long QEMU takes; then takes the file away, unless
@@ -781,6 +862,34 @@ impl Guardian {
         }
     }
 
+    /// Gives QEMU `file` to copy memory into. The guardian itself does not keep it.
+    ///
+    /// # Errors
+    /// [`GuardianError`]: QEMU does not have it.
+    pub fn begin_slices(&mut self, file: BorrowedFd<'_>) -> Result<(), GuardianError> {
+        self.ask_with(&Ask::SlicesBegin, &[file], QUERY + PROMPT).map(drop)
+    }
+
+    /// Has QEMU copy `len` bytes of RAM from guest-physical `gpa` on into the file; how long it took,
+    /// in nanoseconds.
+    ///
+    /// # Errors
+    /// [`GuardianError`].
+    pub fn slice(&mut self, gpa: u64, len: u64) -> Result<u64, GuardianError> {
+        match self.ask(&Ask::Slice { gpa, len }, QUERY + PROMPT)? {
+            Reply::Sliced { took_ns } => Ok(took_ns),
+            other => self.out_of_turn(&other),
+        }
+    }
+
+    /// Takes the file back.
+    ///
+    /// # Errors
+    /// [`GuardianError`]: it is taken back when the guardian goes.
+    pub fn end_slices(&mut self) -> Result<(), GuardianError> {
+        self.ask(&Ask::SlicesEnd, QUERY + PROMPT).map(drop)
+    }
+
     /// Gives the monitor to others.
     pub fn leave(&mut self) {
         // A lost guardian has no monitor either.
@@ -873,6 +982,10 @@ impl Guardian {
             }
             Some(Line::Snapshot { .. }) => {
                 let text = format!("QEMU's settings of migration may not be put back: {error}");
+                self.not_as_found = Some(text);
+            }
+            Some(Line::Slices { .. }) => {
+                let text = format!("QEMU may still hold a file of ours open: {error}");
                 self.not_as_found = Some(text);
             }
             _ => {}

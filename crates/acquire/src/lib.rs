@@ -35,11 +35,14 @@ use crate::guard::Guarded;
 use crate::guardian::{Guardian, GuardianError, Parting};
 use crate::log::Log;
 use crate::look::Looked;
+use crate::method::pmemsave;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
 use crate::method::snapshot::{self, Destination, Samples, Shot, SnapshotError};
 use crate::method::track;
 use crate::monitor::Told;
-use crate::plan::{Plan, PlannedHold, PlannedSnapshot, PlannedTracking, Refusal, Wish};
+use crate::plan::{
+    Plan, PlannedHold, PlannedSlices, PlannedSnapshot, PlannedTracking, Refusal, Wish,
+};
 use crate::record::{Measure, Sealed, Story};
 use crate::seal::process::Sealer;
 use crate::stop::Stop;
@@ -244,6 +247,8 @@ struct Run {
     tracking: Option<manifest::Tracking>,
     /// What is known of QEMU's snapshot.
     snapshot: Option<manifest::Snapshot>,
+    /// How QEMU copied in slices.
+    slices: Option<manifest::Slices>,
     /// Pages of it that were read while they were protected, and when.
     shot_audit: Option<(manifest::Audit, Span)>,
     /// State of the devices by the snapshot's stream.
@@ -298,6 +303,7 @@ impl Run {
             held: None,
             tracking: None,
             snapshot: None,
+            slices: None,
             shot_audit: None,
             device_state: Vec::new(),
             readers_rights: Vec::new(),
@@ -349,7 +355,10 @@ impl Run {
                     shot.end
                 })
             }
-            (None, _, None) => process::live(&work, &mut self.cells, &mut self.passes),
+            (None, _, None) => match &plan.slices {
+                Some(planned) => self.pmemsave(&work, planned, guardian),
+                None => process::live(&work, &mut self.cells, &mut self.passes),
+            },
         };
         let result = result.and(self.close_store(guarded, samples, log));
         for pass in &self.passes {
@@ -369,10 +378,9 @@ impl Run {
             Err(Cut::Failed(error)) => Some(Ending::Failed(told(&error))),
         };
         self.after = Measure::take(&looked.target.process);
-        self.readers = match &plan.snapshot {
-            Some(_) => looked.readers().into_iter().map(|(at, _)| (at, "qemu-stream")).collect(),
-            None => looked.readers(),
-        };
+        let by_qemu = plan.snapshot.map(|_| "qemu-stream").or(plan.slices.map(|_| "qemu-pmemsave"));
+        self.readers = looked.readers();
+        self.readers.iter_mut().for_each(|(_, word)| *word = by_qemu.unwrap_or(word));
         self.drop_unreached();
     }
 
@@ -440,6 +448,34 @@ impl Run {
             self.hold_ended(hold, tracked.audit);
         }
         tracked.end
+    }
+
+    /// Has QEMU copy its memory, slice by slice.
+    fn pmemsave(
+        &mut self,
+        work: &Work<'_>,
+        planned: &PlannedSlices,
+        guardian: &mut Guardian,
+    ) -> Result<(), Cut<PassError>> {
+        let (cells, passes) = (&mut self.cells, &mut self.passes);
+        let sliced = pmemsave::pmemsave(work, planned, guardian, cells, passes);
+        self.changes.extend(sliced.slices.as_ref().map(record::slices_change));
+        self.warnings.extend(sliced.doubt);
+        if let Some(slices) = &sliced.slices {
+            work.log.add("slices", slices);
+            if slices.over_budget > 0 {
+                self.warnings.push(format!(
+                    "QEMU took longer than the stall budget for {} of {} slices, {} ms at most: they \
+                     were made smaller, {} bytes in the end",
+                    slices.over_budget,
+                    slices.count,
+                    slices.longest_ns.div_ceil(1_000_000),
+                    slices.last_bytes
+                ));
+            }
+        }
+        self.slices = sliced.slices;
+        sliced.end
     }
 
     /// Has QEMU take a snapshot and reads it.
@@ -585,6 +621,12 @@ impl Run {
                 self.run_state_after = Some(again.run_state.clone());
                 for event in &again.events {
                     log.add("event", event);
+                }
+                if again.reopened > 0 {
+                    self.warnings.push(format!(
+                        "the monitor was opened anew {} times, and what QEMU told in between nobody heard",
+                        again.reopened
+                    ));
                 }
                 let until_us = self.last_moment_us(log, began);
                 let disturbances = disturbances(&again.events, &again.run_state, until_us);
@@ -864,6 +906,7 @@ impl Run {
             audit: self.held.as_ref().and_then(|held| held.audit.clone()).or(self.shot_audit),
             tracking: self.tracking,
             snapshot: self.snapshot,
+            slices: self.slices,
             attachments,
             changes: self.changes,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),

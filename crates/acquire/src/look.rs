@@ -42,6 +42,8 @@ pub struct Again {
     pub run_state: String,
     /// What QEMU told unasked since the first look.
     pub events: Vec<Told>,
+    /// How often the monitor was opened anew meanwhile.
+    pub reopened: u32,
 }
 
 /// What `plan` shows.
@@ -185,6 +187,9 @@ fn facts(
         run_state: qemu.vm.run_state.clone(),
         confidential: None,
         migration: qemu.migration,
+        through_libvirt: target.through.is_some(),
+        shared_monitor: target.row.proxmox.is_some(),
+        locked_for: target.row.proxmox.as_ref().and_then(|vm| vm.lock.clone()),
         watchdogs: qemu.watchdogs,
         hold: hold_facts(target, memory, resident, &usage),
         track: track_facts(memory),
@@ -435,8 +440,9 @@ impl Looked {
             return Err(Failure::Host(host::HostError::Exited { pid: process.pid() }));
         }
         self.memory.check_mappings()?;
-        let (located, _) = map::locate(asked.view, process)?;
-        Ok(Again { located, run_state: asked.run_state, events: asked.events })
+        let AskedAgain { view, run_state, events, reopened } = asked;
+        let (located, _) = map::locate(view, process)?;
+        Ok(Again { located, run_state, events, reopened })
     }
 
     /// How each imaged region is read.

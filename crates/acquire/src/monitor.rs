@@ -3,9 +3,11 @@
 //!
 //! `plan` asks by itself; in an acquisition only the guardian does.
 
+use crate::find::LibvirtDomain;
 use crate::log::Notes;
 use crate::told;
 use qemu::facts::{BlockTimes, Facts, Migration};
+use qemu::libvirt::Libvirt;
 use qemu::qmp::{Capability, Change, Exchange};
 use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,12 @@ pub struct Whom {
     pub accelerator: String,
     /// Why the command line says that memory is hidden, if it does.
     pub confidential: Option<String>,
+    /// libvirt has the monitor, and passes commands on.
+    #[serde(default)]
+    pub through: Option<LibvirtDomain>,
+    /// Others need the monitor too: it is given back after each question.
+    #[serde(default)]
+    pub shared: bool,
 }
 
 /// Why QEMU could not be asked. Goes from process to process: the causes are in the texts.
@@ -110,6 +118,9 @@ pub struct AskedAgain {
     pub run_state: String,
     /// What QEMU told unasked since the monitor was opened.
     pub events: Vec<Told>,
+    /// How often the monitor was opened anew: what QEMU told meanwhile nobody heard.
+    #[serde(default)]
+    pub reopened: u32,
 }
 
 /// An event of QEMU's.
@@ -139,6 +150,9 @@ impl Monitor {
     /// # Errors
     /// [`AskError::Monitor`], within 5 seconds unless the VM has more than four monitors.
     pub fn open(whom: &Whom, notes: &Notes) -> Result<Self, AskError> {
+        if let Some(domain) = &whom.through {
+            return through(domain, notes).map_err(AskError::Monitor);
+        }
         let wait = match whom.sockets.as_slice() {
             [] => {
                 return Err(AskError::Monitor(format!(
@@ -199,7 +213,8 @@ impl Monitor {
         let view = self.view()?;
         let run_state = self.run_state()?;
         self.take_events();
-        Ok(AskedAgain { view, run_state, events: std::mem::take(&mut self.events) })
+        let (events, reopened) = (std::mem::take(&mut self.events), self.qmp.reconnects());
+        Ok(AskedAgain { view, run_state, events, reopened })
     }
 
     fn view(&mut self) -> Result<GuestView, AskError> {
@@ -271,6 +286,25 @@ impl Monitor {
         self.qmp.pass(name, fd, QUERY).map_err(|error| AskError::Query(told(&error)))
     }
 
+    /// Gives QEMU a copy of `fd`, alone in the set number `set`; the copy's number there.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn pass_as_set(&mut self, set: u64, fd: BorrowedFd<'_>) -> Result<u32, AskError> {
+        self.qmp.pass_as_set(set, fd, QUERY).map_err(|error| AskError::Query(told(&error)))
+    }
+
+    /// As [`Monitor::change`], done so often that it stands in no journal by itself.
+    ///
+    /// # Errors
+    /// As [`Monitor::change`].
+    pub fn change_untold(&mut self, change: &Change, within: Duration) -> Result<(), AskError> {
+        self.qmp.tell(false);
+        let done = self.change(change, within);
+        self.qmp.tell(true);
+        done
+    }
+
     /// What QEMU says of its last migration or snapshot.
     ///
     /// # Errors
@@ -320,7 +354,11 @@ impl Monitor {
     }
 
     fn ask(&mut self, whom: &Whom) -> Result<(VmFacts, Option<String>, Option<String>), QmpError> {
-        let monitor = self.qmp.path().display().to_string();
+        let path = self.qmp.path().display();
+        let monitor = match self.qmp.domain() {
+            Some(domain) => format!("{path} (libvirt's domain {:?})", domain.name),
+            None => path.to_string(),
+        };
         let mut facts = self.facts();
         let version = facts.version()?;
         let number = version.qemu;
@@ -351,7 +389,7 @@ impl Monitor {
 
 /// The kernel says who listens on the socket; a name in a command line proves nothing.
 fn identified(qmp: Qmp, pid: u32) -> Result<Monitor, String> {
-    let peer = qmp.peer().map_err(|error| told(&error))?.pid;
+    let peer = qmp.peer().map_err(|error| told(&error))?.and_then(|peer| peer.pid);
     if peer == Some(pid) {
         return Ok(Monitor { qmp, skipped: Vec::new(), events: Vec::new() });
     }
@@ -360,9 +398,38 @@ fn identified(qmp: Qmp, pid: u32) -> Result<Monitor, String> {
     Err(format!("{path} is served by process {peer}, not by the VM's process {pid}"))
 }
 
+/// The monitor of a domain, through libvirt. Whose it is, libvirt says, and QEMU must agree: the kernel
+/// shows only libvirt.
+fn through(known: &LibvirtDomain, notes: &Notes) -> Result<Monitor, String> {
+    let place = format!("libvirt's {}", known.socket);
+    let fail = |error: &dyn std::error::Error| format!("{place}: {}", told(error));
+    let wanted = known.domain().ok_or_else(|| format!("{place}: no UUID: {:?}", known.uuid))?;
+    let mut libvirt =
+        Libvirt::connect(Path::new(&known.socket), &known.uri, ONLY_ONE).map_err(|e| fail(&e))?;
+    let domain = libvirt.domain(wanted.uuid, ONLY_ONE).map_err(|e| fail(&e))?;
+    if domain.id != wanted.id {
+        return Err(format!(
+            "{place}: domain {:?} was started anew: it was number {}, and is {}",
+            known.name, wanted.id, domain.id
+        ));
+    }
+    let mut qmp = Qmp::through(libvirt, &known.uri, domain, ONLY_ONE, Some(transcript(notes)))
+        .map_err(|e| fail(&e))?;
+    let uuid = Facts::of(&mut qmp, QUERY).uuid().map_err(|e| fail(&e))?;
+    if !uuid.eq_ignore_ascii_case(&known.uuid) {
+        return Err(format!("{place}: QEMU's UUID is {uuid}, libvirt's {}", known.uuid));
+    }
+    Ok(Monitor { qmp, skipped: Vec::new(), events: Vec::new() })
+}
+
 fn connect(path: &Path, wait: Duration, notes: &Notes) -> Result<Qmp, QmpError> {
+    Qmp::connect_with(path, wait, Some(transcript(notes)))
+}
+
+/// Writes every command into the journal.
+fn transcript(notes: &Notes) -> qemu::qmp::Transcript {
     let notes = notes.clone();
-    let transcript = move |exchange: &Exchange<'_>| {
+    Box::new(move |exchange: &Exchange<'_>| {
         let took = exchange.finished.saturating_duration_since(exchange.started);
         let mut line = json!({
             "command": exchange.command,
@@ -374,6 +441,5 @@ fn connect(path: &Path, wait: Duration, notes: &Notes) -> Result<Qmp, QmpError> 
             object.insert("error".to_owned(), error.to_string().into());
         }
         notes.add("qmp", line);
-    };
-    Qmp::connect_with(path, wait, Some(Box::new(transcript)))
+    })
 }

@@ -11,10 +11,8 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// The methods of the design that this version does not have, each with what it would give.
-const NOT_YET: [(Method, &str); 2] = [
-    (Method::Pmemsave, "QEMU's own copy in slices"),
-    (Method::Dump, "QEMU's own dump, the guest stopped throughout"),
-];
+const NOT_YET: [(Method, &str); 1] =
+    [(Method::Dump, "QEMU's own dump, the guest stopped throughout")];
 
 /// What the operator asks of the image's consistency.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -61,6 +59,9 @@ const SNAPSHOT_ONCE: Duration = Duration::from_millis(25);
 /// What bringing back a page from swap may take, as planned: a random read of a slow disk.
 const SWAP_PAGE: Duration = Duration::from_micros(200);
 
+/// The most bytes that QEMU copies at a time: a block. docs/methods.md has what it costs the guest.
+pub const SLICE_AT_MOST: u64 = 1 << 20;
+
 /// The operator's wish.
 #[derive(Clone, Debug)]
 pub struct Wish {
@@ -74,6 +75,8 @@ pub struct Wish {
     pub hold: HoldWish,
     /// `track`: the time within which a device's write is assumed to reach memory.
     pub io_horizon: Duration,
+    /// `pmemsave`: the most bytes that QEMU copies at a time; at most [`SLICE_AT_MOST`].
+    pub slice_bytes: u64,
     /// `track`: so many times the marks of written pages are looked at and cleared with the guest
     /// running, which loses writes. For the control of a benchmark only; the class is then `none`.
     pub rounds_unheld: u32,
@@ -95,6 +98,7 @@ impl Default for Wish {
             stall_budget: Duration::from_millis(100),
             hold: HoldWish::default(),
             io_horizon: Duration::from_secs(1),
+            slice_bytes: SLICE_AT_MOST,
             rounds_unheld: 0,
             format: Format::Elf,
             store: None,
@@ -172,6 +176,15 @@ pub struct Facts {
     pub confidential: Option<String>,
     /// A migration under way, in QEMU's word for its status.
     pub migration: Option<String>,
+    /// Commands go through libvirt, which marks the domain as tainted.
+    #[serde(default)]
+    pub through_libvirt: bool,
+    /// Others need the monitor all the time, and we give it back after each question.
+    #[serde(default)]
+    pub shared_monitor: bool,
+    /// What the VM's manager has it locked for.
+    #[serde(default)]
+    pub locked_for: Option<String>,
     /// Emulated watchdogs, by QEMU's names of their types. QEMU does not show their timeouts.
     pub watchdogs: Vec<String>,
     /// What is known of a hold beforehand.
@@ -250,6 +263,15 @@ pub struct PlannedSnapshot {
     pub at_most_ns: u64,
 }
 
+/// QEMU's own copying, as planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedSlices {
+    /// The most bytes that are asked for at a time.
+    pub slice_bytes: u64,
+    /// The stall budget in nanoseconds: a slice that takes longer makes the next ones smaller.
+    pub at_most_ns: u64,
+}
+
 /// What will be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
@@ -274,6 +296,9 @@ pub struct Plan {
     /// QEMU's snapshot; absent when it takes none.
     #[serde(default)]
     pub snapshot: Option<PlannedSnapshot>,
+    /// QEMU's own copying; absent when it does not copy.
+    #[serde(default)]
+    pub slices: Option<PlannedSlices>,
     /// Bytes that the exhibit may need on disk.
     pub output_bytes: u64,
     /// What the run changes on the host or in QEMU.
@@ -323,7 +348,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     refuse_unreadable(facts)?;
     refuse_swap(facts, wish)?;
     let Choice { method, why, rejected, way } = method(facts, wish)?;
-    let Way { hold, tracking, snapshot } = way;
+    let Way { hold, tracking, snapshot, slices } = way;
     if let Some(reason) = &facts.format_unfit {
         return Err(Refusal::new(reason.clone(), &["--format lime", "--format raw"]));
     }
@@ -353,6 +378,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         hold,
         tracking,
         snapshot,
+        slices,
         output_bytes,
         changes: changes(facts, store, way),
         warnings: warnings(facts, hold, snapshot),
@@ -379,6 +405,12 @@ fn refuse_unreadable(facts: &Facts) -> Result<(), Refusal> {
         return Err(Refusal::new(
             format!("a migration is under way (status {status:?})"),
             &["wait for it to end, or cancel it"],
+        ));
+    }
+    if let Some(lock) = &facts.locked_for {
+        return Err(Refusal::new(
+            format!("Proxmox has the VM locked ({lock}): it is at work with its monitor"),
+            &["wait for it to end; `qm config VMID` shows the lock"],
         ));
     }
     if facts.image_bytes == 0 {
@@ -414,10 +446,12 @@ struct Way {
     hold: Option<PlannedHold>,
     tracking: Option<PlannedTracking>,
     snapshot: Option<PlannedSnapshot>,
+    slices: Option<PlannedSlices>,
 }
 
 /// The methods of this version, the one that `auto` likes best first.
-const METHODS: [Method; 4] = [Method::Freeze, Method::Track, Method::Snapshot, Method::Live];
+const METHODS: [Method; 5] =
+    [Method::Freeze, Method::Track, Method::Snapshot, Method::Live, Method::Pmemsave];
 
 fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
     let not_yet = NOT_YET.iter().map(|(method, gives)| Rejected {
@@ -452,7 +486,8 @@ fn way(facts: &Facts, wish: &Wish, method: Method, margin: u32) -> Result<Way, R
             (way.hold, way.tracking) = (Some(hold), Some(tracking));
         }
         Method::Snapshot => way.snapshot = Some(snapshot(facts, wish, margin)?),
-        _ => {}
+        Method::Pmemsave => way.slices = Some(slices(facts, wish)?),
+        Method::Live | Method::Dump => {}
     }
     Ok(way)
 }
@@ -495,6 +530,11 @@ fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choic
             }
         }
     }
+    rejected.push(Rejected {
+        method: Method::Pmemsave,
+        reason: "its image is smeared as that of live is, and the guest waits for each slice"
+            .to_owned(),
+    });
     if wish.consistency == Consistency::Any {
         let why = "--consistency any allows a smeared image, and no method gives one instant here";
         let (method, why) = (Method::Live, why.to_owned());
@@ -508,6 +548,16 @@ fn auto(facts: &Facts, wish: &Wish, mut rejected: Vec<Rejected>) -> Result<Choic
     remedies.extend(["--consistency any".to_owned(), "--method live".to_owned()]);
     let reason = "no method gives an image of one instant within the stall budget here".to_owned();
     Err(Refusal { reason, rejected, remedies })
+}
+
+/// QEMU's own copying. How long it takes for a slice, only QEMU can show.
+fn slices(facts: &Facts, wish: &Wish) -> Result<PlannedSlices, Refusal> {
+    if facts.shared_monitor {
+        let reason = "pmemsave needs QEMU's only monitor all the time, and Proxmox needs it too";
+        return Err(Refusal::new(reason, &["--method live", "--method freeze"]));
+    }
+    let slice_bytes = (wish.slice_bytes / PAGE * PAGE).clamp(PAGE, SLICE_AT_MOST);
+    Ok(PlannedSlices { slice_bytes, at_most_ns: nanos(wish.stall_budget) })
 }
 
 /// The least locked memory for the last pass of `track` that is worth trying.
@@ -869,13 +919,22 @@ fn store(facts: &Facts, wish: &Wish, method: Method) -> Result<(StoreKind, Strin
     }
 }
 
+/// What it leaves behind to ask a domain's QEMU anything.
+pub const TAINT: &str = "commands are passed to QEMU through libvirt, which marks the domain as tainted (custom-monitor) in its \
+     log and its status until it is shut off";
+
 fn changes(facts: &Facts, store: StoreKind, way: Way) -> Vec<String> {
-    let Way { hold, tracking, snapshot } = way;
+    let Way { hold, tracking, snapshot, slices } = way;
     let queries = match hold {
         _ if snapshot.is_some() => {
             "QEMU's settings of migration are changed for the time of the snapshot and put back; QEMU \
              stops the guest and lets it go on, writes its disks out, and tells all its monitors; its \
              query-migrate tells of this snapshot from then on"
+        }
+        _ if slices.is_some() => {
+            "QEMU is given a file of ours in memory, copies the guest's memory into it a slice at a time \
+             (pmemsave), while which the guest waits for it where it needs QEMU, and gives it back; \
+             beside that only queries are sent"
         }
         Some(PlannedHold { kind: HoldKind::Stop, .. }) if facts.run_state == "running" => {
             "QEMU is told to stop the guest and to let it go on: its clock stands meanwhile, its disks \
@@ -887,6 +946,9 @@ fn changes(facts: &Facts, store: StoreKind, way: Way) -> Vec<String> {
         queries.to_owned(),
         "host CPU time and memory bandwidth are used while memory is read".to_owned(),
     ];
+    if facts.through_libvirt {
+        changes.push(TAINT.to_owned());
+    }
     if let Some(PlannedHold { kind: HoldKind::Ptrace, .. }) = hold {
         changes.push(
             "QEMU's threads stand still during the hold; the guest's clock jumps by as much"
@@ -971,6 +1033,9 @@ mod tests {
             run_state: "running".into(),
             confidential: None,
             migration: None,
+            through_libvirt: false,
+            shared_monitor: false,
+            locked_for: None,
             watchdogs: Vec::new(),
             track: TrackFacts { unfit: Some("not here".into()), ..TrackFacts::default() },
             snapshot: SnapshotFacts { unfit: Some("nor that".into()), ..SnapshotFacts::default() },

@@ -93,6 +93,8 @@ pub struct Story<'a> {
     pub tracking: Option<manifest::Tracking>,
     /// What is known of QEMU's snapshot.
     pub snapshot: Option<manifest::Snapshot>,
+    /// How QEMU copied in slices.
+    pub slices: Option<manifest::Slices>,
     /// Files that belong to the exhibit beside image and record.
     pub attachments: Vec<FileRecord>,
     /// What was done to the guest in order to hold it.
@@ -152,6 +154,7 @@ impl Story<'_> {
             audit: self.audit.as_ref().map(|(audit, _)| audit.clone()),
             tracking: self.tracking.clone(),
             snapshot: self.snapshot.clone(),
+            slices: self.slices.clone(),
             case: case(&self.request.case),
             operator: operator(),
             clock: self.clock(),
@@ -362,6 +365,10 @@ impl Story<'_> {
                 .to_owned(),
             why: "only QEMU knows the guest's memory map".to_owned(),
         }];
+        if self.target.through.is_some() {
+            let why = "libvirt has QEMU's monitor".to_owned();
+            changes.push(Change { what: crate::plan::TAINT.to_owned(), why });
+        }
         changes.extend(self.changes.iter().cloned());
         if let (Some(before), Some(after)) = (self.before.swapped, self.after.swapped)
             && after < before
@@ -381,6 +388,13 @@ impl Story<'_> {
                 "live: the guest ran while its memory was read; pages that differ between the two \
                  passes are listed in the block records, a page that changed and changed back \
                  between them is not seen"
+                    .to_owned(),
+            );
+        }
+        if self.slices.is_some() {
+            caveats.push(
+                "pmemsave: the guest ran between the slices that QEMU copied; each page was read from \
+                 outside just before, and those that differ are listed in the block records"
                     .to_owned(),
             );
         }
@@ -472,6 +486,20 @@ pub fn no_snapshot_change() -> Change {
     let what = "QEMU was perhaps told to take a background snapshot, and its settings of migration were \
                 put back: the journal has what was sent";
     for_one_instant(what.to_owned())
+}
+
+/// What QEMU's copying changed.
+pub fn slices_change(slices: &manifest::Slices) -> Change {
+    let ms = slices.longest_ns.div_ceil(1_000_000);
+    Change {
+        what: format!(
+            "QEMU was given a file of ours (add-fd), copied the guest's memory into it with pmemsave, {} \
+             times and at most {} bytes at a time, and gave it back (remove-fd); the guest waited for it \
+             where it needed QEMU, for {ms} ms at most each time",
+            slices.count, slices.slice_bytes
+        ),
+        why: "QEMU's own copy was asked for".to_owned(),
+    }
 }
 
 /// What following the guest changed.

@@ -7,6 +7,7 @@
 //! announcement was never acted on. The lock is the file's (`flock`), shared by capture and
 //! guardian through one open file: it lasts until both are gone.
 
+use crate::find::LibvirtDomain;
 use qemu::qmp::Capability;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -59,6 +60,9 @@ pub enum Line {
         name: String,
         /// Its monitors, in the order in which they are tried.
         sockets: Vec<PathBuf>,
+        /// libvirt has its monitor.
+        #[serde(default)]
+        through: Option<LibvirtDomain>,
         /// The process that reads.
         capture: Who,
         /// The process that undoes.
@@ -88,6 +92,11 @@ pub enum Line {
         let_be: bool,
         /// CLOCK_MONOTONIC in nanoseconds from which on somebody must have an eye on it.
         until_ns: u64,
+    },
+    /// QEMU is about to be given a file of ours to copy memory into.
+    Slices {
+        /// Number of the set of descriptors that it will be in.
+        set: u64,
     },
     /// Nothing is held any more.
     Free,
@@ -334,6 +343,7 @@ mod tests {
             target: who(1),
             name: "web".into(),
             sockets: vec!["/run/q".into()],
+            through: None,
             capture: who(pid),
             guardian: who(3),
         }

@@ -1,6 +1,7 @@
 //! The command line, as clap reads it. Values are checked for form only; meaning is given to them
 //! once, where a verb builds its request.
 
+use acquire::plan::SLICE_AT_MOST;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -96,6 +97,9 @@ pub(crate) struct How {
     /// How long a device's write may take to reach memory, as track assumes
     #[arg(long, value_parser = duration, default_value = "1s", value_name = "TIME")]
     pub(crate) io_horizon: Duration,
+    /// How much QEMU copies at a time, for pmemsave: 4K to 1M
+    #[arg(long, value_parser = slice, default_value = "1M", value_name = "SIZE")]
+    pub(crate) slice: u64,
     /// The image's format
     #[arg(long, value_enum, default_value = "elf")]
     pub(crate) format: FormatArg,
@@ -181,6 +185,8 @@ pub(crate) enum MethodArg {
     Snapshot,
     /// Two whole passes, the guest never held; class none, the smear measured
     Live,
+    /// QEMU copies its memory slice by slice, each held against a read of ours just before; class none
+    Pmemsave,
 }
 
 impl From<MethodArg> for acquire::plan::Method {
@@ -190,6 +196,7 @@ impl From<MethodArg> for acquire::plan::Method {
             MethodArg::Track => Self::Track,
             MethodArg::Snapshot => Self::Snapshot,
             MethodArg::Live => Self::Live,
+            MethodArg::Pmemsave => Self::Pmemsave,
         }
     }
 }
@@ -289,6 +296,15 @@ fn bytes(text: &str) -> Result<u64, String> {
         .checked_mul(1 << shift)
         .filter(|&n| n > 0)
         .ok_or_else(|| format!("{text:?} is out of range; say a size between 1 and 16 EiB"))
+}
+
+/// A size that QEMU copies at a time: whole pages.
+fn slice(text: &str) -> Result<u64, String> {
+    let bytes = bytes(text)?;
+    match (4096..=SLICE_AT_MOST).contains(&bytes) && bytes % 4096 == 0 {
+        true => Ok(bytes),
+        false => Err("whole pages of 4K, at most 1M".to_owned()),
+    }
 }
 
 /// `100ms`, `2s`.

@@ -149,6 +149,9 @@ pub struct Manifest {
     /// What is known of QEMU's snapshot; null for every other method.
     #[serde(default)]
     pub snapshot: Option<Snapshot>,
+    /// How QEMU copied its memory in slices; null for every other method than `pmemsave`.
+    #[serde(default)]
+    pub slices: Option<Slices>,
     /// What the examiner says of the case.
     pub case: Case,
     /// Who ran the tool.
@@ -384,6 +387,29 @@ pub struct Snapshot {
     /// The first place where the stream and QEMU's description of it disagree; null when there is
     /// none.
     pub unaccounted: Option<String>,
+}
+
+/// Slices that QEMU copied (`pmemsave`). The guest's CPUs wait for each where they need QEMU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Slices {
+    /// How many.
+    pub count: u64,
+    /// Bytes of all of them.
+    pub bytes: u64,
+    /// The most bytes that one had, at first.
+    pub slice_bytes: u64,
+    /// And in the end: half as many after each one that took longer than the stall budget.
+    pub last_bytes: u64,
+    /// How long the longest took, in nanoseconds, from the question to QEMU to its answer: the guest
+    /// waited no longer.
+    pub longest_ns: u64,
+    /// All of them together.
+    pub total_ns: u64,
+    /// The stall budget in nanoseconds.
+    pub budget_ns: u64,
+    /// How many took longer than that.
+    pub over_budget: u64,
 }
 
 /// A device whose state is in a snapshot's stream.
@@ -899,6 +925,24 @@ impl Manifest {
         out.unless(still || self.audit.is_none(), "audit", "there was no hold to read in");
         self.check_tracking(out);
         self.check_snapshot(out);
+        self.check_slices(out);
+    }
+
+    fn check_slices(&self, out: &mut Out) {
+        let own = self.method == Method::Pmemsave;
+        let whole = !own || self.status != Status::Complete || self.slices.is_some();
+        out.unless(whole, "slices", "method pmemsave copies in slices");
+        out.unless(!own || self.class == Class::None, "class", "of method pmemsave is none");
+        let Some(slices) = &self.slices else { return };
+        out.unless(own, "slices", "is of no other method than pmemsave");
+        let ordered = slices.longest_ns <= slices.total_ns && slices.over_budget <= slices.count;
+        out.unless(ordered, "slices", "a part is greater than the whole");
+        let fit = slices.bytes <= slices.count.saturating_mul(slices.slice_bytes);
+        out.unless(
+            fit && slices.last_bytes <= slices.slice_bytes,
+            "slices",
+            "are longer than said",
+        );
     }
 
     fn check_snapshot(&self, out: &mut Out) {
@@ -1166,6 +1210,7 @@ pub(crate) mod tests {
             audit: None,
             tracking: None,
             snapshot: None,
+            slices: None,
             case: Case { number: Some("2026-117".into()), ..Case::default() },
             operator: Operator {
                 uid: 1000,
@@ -1379,6 +1424,38 @@ pub(crate) mod tests {
         let mut other = freeze();
         other.tracking = track().tracking;
         assert!(other.contradictions().iter().any(|c| c.field == "tracking"));
+    }
+
+    #[test]
+    fn contradictions_of_slices_are_named() {
+        type Edit = fn(&mut Manifest);
+        let cases: [(Edit, &str); 6] = [
+            (|m| m.slices = None, "slices"),
+            (|m| m.method = Method::Live, "slices"),
+            (|m| m.class = Class::Instantaneous, "class"),
+            (|m| m.slices.as_mut().unwrap().longest_ns = 7_001, "slices"),
+            (|m| m.slices.as_mut().unwrap().bytes = 8193, "slices"),
+            (|m| m.slices.as_mut().unwrap().over_budget = 3, "slices"),
+        ];
+        let mut whole = example();
+        whole.method = Method::Pmemsave;
+        whole.slices = Some(Slices {
+            count: 2,
+            bytes: 8192,
+            slice_bytes: 4096,
+            last_bytes: 4096,
+            longest_ns: 4_000,
+            total_ns: 7_000,
+            budget_ns: 9_000,
+            over_budget: 0,
+        });
+        assert_eq!(whole.contradictions(), []);
+        for (number, (edit, field)) in cases.into_iter().enumerate() {
+            let mut manifest = whole.clone();
+            edit(&mut manifest);
+            let named: Vec<_> = manifest.contradictions().into_iter().map(|c| c.field).collect();
+            assert!(named.iter().any(|named| named == field), "{number}: {named:?}");
+        }
     }
 
     fn snapshot() -> Manifest {

@@ -7,8 +7,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 /// A command line longer than this is refused: 4 MiB, above the kernel's limit for arguments
@@ -295,6 +297,36 @@ impl Process {
     /// # Errors
     /// As for every file of `/proc/PID`.
     pub fn unix_socket_path(&self, inode: u64) -> Result<Option<Vec<u8>>, HostError> {
+        let mut path = None;
+        self.unix_sockets(|socket| {
+            if socket.inode == inode {
+                path = (!socket.path.is_empty()).then(|| socket.path.to_vec());
+            }
+            socket.inode == inode
+        })?;
+        Ok(path)
+    }
+
+    /// The paths of the unix sockets that somebody listens on, in the process's network namespace:
+    /// those in its file system, each once.
+    ///
+    /// # Errors
+    /// As for every file of `/proc/PID`.
+    pub fn unix_listeners(&self) -> Result<Vec<PathBuf>, HostError> {
+        let mut paths = Vec::new();
+        self.unix_sockets(|socket| {
+            if socket.listens && socket.path.starts_with(b"/") {
+                paths.push(PathBuf::from(OsString::from_vec(socket.path.to_vec())));
+            }
+            false
+        })?;
+        paths.sort();
+        paths.dedup();
+        Ok(paths)
+    }
+
+    /// Shows `look` the unix sockets of the process's network namespace, until it has seen enough.
+    fn unix_sockets(&self, mut look: impl FnMut(UnixSocket<'_>) -> bool) -> Result<(), HostError> {
         let name = "net/unix";
         let file = open_under(&self.dir, name).map_err(|e| self.error(name, e))?;
         let mut lines = BufReader::new(file.take(MAX_UNIX));
@@ -302,14 +334,19 @@ impl Process {
         loop {
             line.clear();
             let got = lines.read_until(b'\n', &mut line).map_err(|e| self.error(name, e))?;
-            if got == 0 {
-                return Ok(None);
+            if got == 0 || unix_line(&line).is_some_and(&mut look) {
+                return Ok(());
             }
-            if let Some((found, path)) = unix_line(&line)
-                && found == inode
-            {
-                return Ok((!path.is_empty()).then(|| path.to_vec()));
-            }
+        }
+    }
+
+    /// Whether it sees other mounts than this process does, as in a container. libvirt gives its QEMUs
+    /// such a view too, in which all but `/dev` is the host's.
+    pub fn has_own_mounts(&self) -> bool {
+        let view = |dir: &str| std::fs::read_link(format!("/proc/{dir}/ns/mnt"));
+        match (view(&self.pid.to_string()), view("self")) {
+            (Ok(its), Ok(ours)) => its != ours,
+            _ => false,
         }
     }
 
@@ -480,11 +517,23 @@ fn start_time(stat: &str) -> Option<u64> {
     behind.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
 }
 
-/// Inode and path of one line of `/proc/net/unix`: `Num RefCount Protocol Flags Type St Inode
-/// Path`, where the path may hold spaces or be missing.
-fn unix_line(line: &[u8]) -> Option<(u64, &[u8])> {
+/// A unix socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct UnixSocket<'a> {
+    inode: u64,
+    path: &'a [u8],
+    /// Somebody listens on it.
+    listens: bool,
+}
+
+/// One line of `/proc/net/unix`: `Num RefCount Protocol Flags Type St Inode Path`, where the path may
+/// hold spaces or be missing.
+fn unix_line(line: &[u8]) -> Option<UnixSocket<'_>> {
     let mut rest = line.strip_suffix(b"\n").unwrap_or(line).trim_ascii_start();
-    for _ in 0..6 {
+    let mut listens = false;
+    for field in 0..6 {
+        // `__SO_ACCEPTCON`
+        listens |= field == 3 && rest.starts_with(b"00010000 ");
         let end = rest.iter().position(|b| *b == b' ')?;
         rest = rest.get(end..)?.trim_ascii_start();
     }
@@ -492,8 +541,8 @@ fn unix_line(line: &[u8]) -> Option<(u64, &[u8])> {
     let (inode, path) = rest.split_at(digits);
     let inode = std::str::from_utf8(inode).ok()?.parse().ok()?;
     match path {
-        [] => Some((inode, path)),
-        [b' ', path @ ..] => Some((inode, path)),
+        [] => Some(UnixSocket { inode, path, listens }),
+        [b' ', path @ ..] => Some(UnixSocket { inode, path, listens }),
         _ => None,
     }
 }
@@ -595,9 +644,11 @@ mod tests {
     #[test]
     fn lines_of_net_unix() {
         let line = b"ffff8881: 00000002 00000000 00010000 0001 01 12345 /run/a b.sock\n";
-        assert_eq!(unix_line(line), Some((12345, &b"/run/a b.sock"[..])));
+        let socket = UnixSocket { inode: 12345, path: b"/run/a b.sock", listens: true };
+        assert_eq!(unix_line(line), Some(socket));
         let line = b"ffff8881: 00000003 00000000 00000000 0001 03 77\n";
-        assert_eq!(unix_line(line), Some((77, &b""[..])));
+        let socket = UnixSocket { inode: 77, path: b"", listens: false };
+        assert_eq!(unix_line(line), Some(socket));
         assert_eq!(unix_line(b"Num       RefCount Protocol Flags    Type St Inode Path\n"), None);
         assert_eq!(unix_line(b"\n"), None);
     }

@@ -7,6 +7,7 @@
 //! ```text
 //! cmdline   argv -> name, UUID, RAM, monitors        (no monitor is opened)
 //! qmp       socket -> answers, events                (a deadline on everything)
+//! libvirt   socket -> domains, and QMP through them  (the same)
 //! facts     qmp -> version, state, sizes, devices    (typed queries)
 //! mtree, ramblock, gpa2hva                           (strict parsers of monitor texts)
 //! owner     flat range -> what kind of memory it is
@@ -16,9 +17,11 @@
 #![forbid(unsafe_code)]
 
 pub mod cmdline;
+mod deadline;
 pub mod facts;
 mod frame;
 pub mod gpa2hva;
+pub mod libvirt;
 pub mod mtree;
 pub mod owner;
 pub mod qmp;

@@ -1,12 +1,15 @@
 //! A blocking client for QEMU's monitor protocol, with a deadline on everything.
 //!
-//! Only the members of [`Command`] and [`Hmp`], all of them queries, those of [`Change`], and `getfd`
-//! ([`Qmp::pass`]) can be sent: a command that changes a guest has to be added there, where a reviewer sees it.
+//! Only the members of [`Command`] and [`Hmp`], all of them queries, those of [`Change`], `getfd`
+//! ([`Qmp::pass`]) and `add-fd` ([`Qmp::pass_as_set`]) can be sent: a command that changes a guest has to
+//! be added there, where a reviewer sees it.
 //!
 //! The peer is not trusted: the length of a message, the number of events and each wait are
 //! bounded, ids are checked, and after a breach of protocol the connection is not used again.
 
+use crate::deadline::Deadline;
 use crate::frame::{FrameError, Framer};
+use crate::libvirt::{Domain, Libvirt, LibvirtError};
 use crate::text::Excerpt;
 use rustix::io::Errno;
 use rustix::net::{
@@ -29,6 +32,9 @@ pub const MAX_MESSAGE: usize = 16 << 20;
 
 /// Events that may wait to be taken by [`Qmp::take_events`].
 pub const MAX_EVENTS: usize = 16_384;
+
+/// Pause between two tries to reach a libvirt that was lost.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pause between two tries to connect while the listen queue is full.
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
@@ -129,6 +135,18 @@ pub enum Change {
     MigrateToFd(String),
     /// `migrate_cancel`: only ever for a migration that [`Change::MigrateToFd`] began.
     MigrateCancel,
+    /// `pmemsave`: QEMU copies guest-physical memory, RAM only ever, into a file; the guest's CPUs wait
+    /// for it where they need QEMU. Nothing is left of it but what the file holds.
+    Pmemsave {
+        /// First guest-physical address.
+        gpa: u64,
+        /// Number of bytes.
+        len: u64,
+        /// The file, which QEMU truncates first.
+        file: String,
+    },
+    /// `remove-fd`: takes back a set that [`Qmp::pass_as_set`] made.
+    RemoveFdSet(u64),
 }
 
 impl Change {
@@ -141,6 +159,8 @@ impl Change {
             Self::CloseFd(_) => "closefd",
             Self::MigrateToFd(_) => "migrate",
             Self::MigrateCancel => "migrate_cancel",
+            Self::Pmemsave { .. } => "pmemsave",
+            Self::RemoveFdSet(_) => "remove-fd",
         }
     }
 
@@ -151,6 +171,10 @@ impl Change {
             Self::SetCapabilities(capabilities) => json!({ "capabilities": capabilities }),
             Self::CloseFd(name) => json!({ "fdname": name }),
             Self::MigrateToFd(name) => json!({ "uri": format!("fd:{name}") }),
+            Self::Pmemsave { gpa, len, file } => {
+                json!({ "val": gpa, "size": len, "filename": file })
+            }
+            Self::RemoveFdSet(set) => json!({ "fdset-id": set }),
         }
     }
 }
@@ -264,6 +288,15 @@ pub enum QmpError {
     /// An earlier failure left the connection unusable.
     #[error("the connection to the monitor is no longer usable after an earlier failure")]
     Broken,
+    /// libvirt did not pass it on, or its answer.
+    #[error("{doing} did not go through libvirt")]
+    Libvirt {
+        /// The command.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        cause: LibvirtError,
+    },
 }
 
 impl QmpError {
@@ -287,6 +320,14 @@ impl QmpError {
             Self::Timeout { .. } | Self::Busy { .. } => Outcome::TimedOut,
             Self::Closed { .. } | Self::Connect { .. } | Self::Io { .. } => Outcome::Lost,
             Self::Protocol { .. } | Self::Shape { .. } | Self::Broken => Outcome::Breach,
+            Self::Libvirt { cause, .. } => match cause {
+                LibvirtError::Refused { .. } | LibvirtError::Authentication { .. } => {
+                    Outcome::Refused
+                }
+                LibvirtError::Timeout { .. } => Outcome::TimedOut,
+                LibvirtError::Protocol { .. } | LibvirtError::Broken => Outcome::Breach,
+                _ => Outcome::Lost,
+            },
         }
     }
 }
@@ -384,15 +425,36 @@ pub struct VersionNumber {
     pub micro: u32,
 }
 
-/// A connection to one monitor.
-pub struct Qmp {
+/// What commands travel by.
+enum Wire {
+    /// A socket of QEMU's own.
+    Socket(Socket),
+    /// libvirt, which holds QEMU's socket.
+    Libvirt(Passage),
+}
+
+struct Socket {
     stream: UnixStream,
-    path: PathBuf,
     framer: Framer,
-    greeting: Version,
     next_id: u64,
     /// Ids of commands that timed out: their late answers are dropped.
     given_up: BTreeSet<u64>,
+}
+
+/// A domain's monitor through libvirt.
+struct Passage {
+    libvirt: Libvirt,
+    domain: Domain,
+    uri: String,
+    /// How often libvirt was lost and found again.
+    reconnects: u32,
+}
+
+/// A connection to one monitor.
+pub struct Qmp {
+    wire: Wire,
+    path: PathBuf,
+    greeting: Version,
     events: Vec<Event>,
     usable: bool,
     transcript: Option<Transcript>,
@@ -403,23 +465,6 @@ pub struct Qmp {
 impl std::fmt::Debug for Qmp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Qmp").field("path", &self.path).finish_non_exhaustive()
-    }
-}
-
-/// A wait that began and when it ends.
-#[derive(Clone, Copy)]
-struct Deadline {
-    began: Instant,
-    length: Duration,
-}
-
-impl Deadline {
-    fn new(length: Duration) -> Self {
-        Self { began: Instant::now(), length }
-    }
-
-    fn left(self) -> Option<Duration> {
-        self.length.checked_sub(self.began.elapsed()).filter(|left| !left.is_zero())
     }
 }
 
@@ -472,20 +517,20 @@ impl Qmp {
             .set_nonblocking(false)
             .map_err(|source| QmpError::Connect { path: path.into(), source })?;
         let none = VersionNumber { major: 0, minor: 0, micro: 0 };
+        let socket =
+            Socket { stream, framer: Framer::default(), next_id: 1, given_up: BTreeSet::new() };
         let mut qmp = Self {
-            stream,
+            wire: Wire::Socket(socket),
             path: path.into(),
-            framer: Framer::default(),
             greeting: Version { qemu: none, package: String::new() },
-            next_id: 1,
-            given_up: BTreeSet::new(),
             events: Vec::new(),
             usable: true,
             transcript,
             quiet: false,
         };
-        let greeting = qmp.receive(DOING, deadline).map_err(|error| match error {
-            QmpError::Timeout { waited, .. } if qmp.framer.is_empty() => {
+        let Wire::Socket(socket) = &mut qmp.wire else { return Err(QmpError::Broken) };
+        let greeting = socket.receive(DOING, deadline).map_err(|error| match error {
+            QmpError::Timeout { waited, .. } if socket.framer.is_empty() => {
                 QmpError::Busy { path: path.into(), waited }
             }
             other => other,
@@ -501,6 +546,57 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// The monitor of `domain` through `libvirt`, which opened `uri`; its events come too. Marks the
+    /// domain as tainted in libvirt's eyes (`custom-monitor`). A libvirt that is lost is connected to
+    /// anew for queries, and for what was surely not sent.
+    ///
+    /// # Errors
+    /// [`QmpError::Libvirt`]; as [`Qmp::execute`].
+    pub fn through(
+        mut libvirt: Libvirt,
+        uri: &str,
+        domain: Domain,
+        deadline: Duration,
+        transcript: Option<Transcript>,
+    ) -> Result<Self, QmpError> {
+        let deadline = Deadline::new(deadline);
+        let left = deadline.left().unwrap_or_default();
+        libvirt
+            .listen(&domain, left)
+            .map_err(|cause| QmpError::Libvirt { doing: "listening to events", cause })?;
+        let none = VersionNumber { major: 0, minor: 0, micro: 0 };
+        let path = libvirt.path().to_owned();
+        let passage = Passage { libvirt, domain, uri: uri.to_owned(), reconnects: 0 };
+        let mut qmp = Self {
+            wire: Wire::Libvirt(passage),
+            path,
+            greeting: Version { qemu: none, package: String::new() },
+            events: Vec::new(),
+            usable: true,
+            transcript,
+            quiet: false,
+        };
+        let left = deadline.left().unwrap_or_default();
+        qmp.greeting = qmp.query(Command::QueryVersion, json!({}), left)?;
+        Ok(qmp)
+    }
+
+    /// The domain whose monitor this is, when libvirt holds it.
+    pub fn domain(&self) -> Option<&Domain> {
+        match &self.wire {
+            Wire::Libvirt(passage) => Some(&passage.domain),
+            Wire::Socket(_) => None,
+        }
+    }
+
+    /// How often libvirt was lost and found again: events may be missing then.
+    pub fn reconnects(&self) -> u32 {
+        match &self.wire {
+            Wire::Libvirt(passage) => passage.reconnects,
+            Wire::Socket(_) => 0,
+        }
+    }
+
     /// The socket's path.
     pub fn path(&self) -> &Path {
         &self.path
@@ -511,16 +607,16 @@ impl Qmp {
         &self.greeting
     }
 
-    /// Who listens on the socket. With QMP served by QEMU itself this is QEMU.
+    /// Who listens on the socket. With QMP served by QEMU itself this is QEMU; nobody where libvirt
+    /// stands between.
     ///
     /// # Errors
     /// [`QmpError::Io`].
-    pub fn peer(&self) -> Result<PeerCred, QmpError> {
-        let cred =
-            nix::sys::socket::getsockopt(&self.stream, nix::sys::socket::sockopt::PeerCredentials)
-                .map_err(|errno| QmpError::Io { doing: "SO_PEERCRED", source: errno.into() })?;
-        let pid = u32::try_from(cred.pid()).ok().filter(|&pid| pid != 0);
-        Ok(PeerCred { pid, uid: cred.uid() })
+    pub fn peer(&self) -> Result<Option<PeerCred>, QmpError> {
+        match &self.wire {
+            Wire::Socket(socket) => peer(&socket.stream).map(Some),
+            Wire::Libvirt(_) => Ok(None),
+        }
     }
 
     /// Sends a query and waits for its answer: the value of `return`.
@@ -551,7 +647,8 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`]; after [`QmpError::Timeout`] QEMU may still carry it out.
     pub fn change(&mut self, change: &Change, timeout: Duration) -> Result<(), QmpError> {
-        self.run(change.word(), change.arguments(), Deadline::new(timeout)).map(drop)
+        let deadline = Deadline::new(timeout);
+        self.run_with(change.word(), change.arguments(), Once::Sent, None, deadline).map(drop)
     }
 
     /// `getfd`: gives QEMU a copy of `fd` under `name`, which replaces one of that name. Taken back
@@ -567,7 +664,31 @@ impl Qmp {
         timeout: Duration,
     ) -> Result<(), QmpError> {
         let arguments = json!({ "fdname": name });
-        self.run_with("getfd", arguments, Some(fd), Deadline::new(timeout)).map(drop)
+        let deadline = Deadline::new(timeout);
+        self.run_with("getfd", arguments, Once::Sent, Some(fd), deadline).map(drop)
+    }
+
+    /// `add-fd`: gives QEMU a copy of `fd`, alone in the set number `set`, which must not be there yet;
+    /// the copy's number among QEMU's descriptors. Taken back by [`Change::RemoveFdSet`].
+    ///
+    /// # Errors
+    /// As [`Qmp::pass`]; [`QmpError::Shape`] when it came into another set.
+    pub fn pass_as_set(
+        &mut self,
+        set: u64,
+        fd: BorrowedFd<'_>,
+        timeout: Duration,
+    ) -> Result<u32, QmpError> {
+        const ADD: &str = "add-fd";
+        let arguments = json!({ "fdset-id": set });
+        let deadline = Deadline::new(timeout);
+        let answer = self.run_with(ADD, arguments, Once::Sent, Some(fd), deadline)?;
+        let number = |key: &str| answer.get(key).and_then(Value::as_u64);
+        let fd = number("fd").and_then(|fd| u32::try_from(fd).ok());
+        fd.filter(|_| number("fdset-id") == Some(set)).ok_or_else(|| QmpError::Shape {
+            command: ADD,
+            what: format!("no descriptor in set {set}: {:?}", Excerpt::new(&answer.to_string())),
+        })
     }
 
     /// From here on commands are told to the transcript, or not: a question that is asked many times a
@@ -622,15 +743,11 @@ impl Qmp {
             return Err(QmpError::Broken);
         }
         let deadline = Deadline::new(wait);
-        while self.events.is_empty() {
-            let message = match self.receive(DOING, deadline) {
-                Err(QmpError::Timeout { .. }) => return Ok(()),
-                other => self.poison(other)?,
-            };
-            let handled = self.sort_out(message, None, DOING);
-            self.poison(handled)?;
-        }
-        Ok(())
+        let polled = match &mut self.wire {
+            Wire::Socket(socket) => socket.poll_events(DOING, &mut self.events, deadline),
+            Wire::Libvirt(passage) => passage.poll_events(DOING, &mut self.events, deadline),
+        };
+        self.poison(polled)
     }
 
     /// Sends, waits, tells the transcript.
@@ -640,18 +757,19 @@ impl Qmp {
         arguments: Value,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
-        self.run_with(command, arguments, None, deadline)
+        self.run_with(command, arguments, Once::Never, None, deadline)
     }
 
-    /// As [`Qmp::run`]; `fd` goes with the command's first byte.
+    /// As [`Qmp::run`]; `fd` goes with the command, and `once` says whether it may be sent again.
     fn run_with(
         &mut self,
         command: &'static str,
         arguments: Value,
+        once: Once,
         fd: Option<BorrowedFd<'_>>,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
-        let result = self.exchange(command, &arguments, fd, deadline);
+        let result = self.exchange(command, &arguments, once, fd, deadline);
         let finished = Instant::now();
         if let Some(transcript) = self.transcript.as_mut().filter(|_| !self.quiet) {
             transcript(&Exchange {
@@ -670,6 +788,7 @@ impl Qmp {
         &mut self,
         doing: &'static str,
         arguments: &Value,
+        once: Once,
         fd: Option<BorrowedFd<'_>>,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
@@ -680,29 +799,21 @@ impl Qmp {
             // Nothing was sent: the connection is as good as before.
             return Err(QmpError::Timeout { doing, waited: deadline.length });
         }
-        let id = self.next_id;
-        self.next_id += 1;
-        let mut line =
-            json!({ "execute": doing, "arguments": arguments, "id": id }).to_string().into_bytes();
-        line.push(b'\n');
-        let sent = self.send(doing, &line, fd, deadline);
-        self.poison(sent)?;
-        loop {
-            let message = match self.receive(doing, deadline) {
-                Err(error @ QmpError::Timeout { .. }) => {
-                    self.given_up.insert(id);
-                    return Err(error);
-                }
-                other => self.poison(other)?,
-            };
-            let answer = self.sort_out(message, Some(id), doing);
-            match self.poison(answer)? {
-                None => {}
-                Some(Ok(value)) => return Ok(value),
-                Some(Err((class, desc))) => {
-                    return Err(QmpError::Refused { command: doing, class, desc });
-                }
+        let events = &mut self.events;
+        let answer = match &mut self.wire {
+            Wire::Socket(socket) => socket.exchange(doing, arguments, fd, events, deadline),
+            Wire::Libvirt(passage) => {
+                passage.exchange(doing, arguments, once, fd, events, deadline)
             }
+        };
+        match answer {
+            // A late answer is waited for no more, and the next command may be tried.
+            Err(error @ QmpError::Timeout { .. }) => Err(error),
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err((class, desc))) => Err(QmpError::Refused { command: doing, class, desc }),
+            // So may it after a refusal.
+            Err(error) if error.outcome() == Outcome::Refused => Err(error),
+            other => self.poison(other.map(|_| Value::Null)),
         }
     }
 
@@ -711,6 +822,177 @@ impl Qmp {
         self.usable &= result.is_ok();
         result
     }
+}
+
+/// How often a command may be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Once {
+    /// It changes nothing: as often as need be.
+    Never,
+    /// It changes something: again only if it was surely not sent.
+    Sent,
+}
+
+impl Passage {
+    /// One command and its answer.
+    fn exchange(
+        &mut self,
+        doing: &'static str,
+        arguments: &Value,
+        once: Once,
+        fd: Option<BorrowedFd<'_>>,
+        events: &mut Vec<Event>,
+        deadline: Deadline,
+    ) -> Result<Answer, QmpError> {
+        let line = json!({ "execute": doing, "arguments": arguments }).to_string();
+        loop {
+            let left = deadline.left().unwrap_or_default();
+            let answer = self.libvirt.monitor(&self.domain, &line, false, fd, left);
+            self.hand_out(doing, events)?;
+            match answer {
+                Ok(text) => {
+                    let breach = |what: String| QmpError::Protocol { doing, what };
+                    let message = serde_json::from_str(&text)
+                        .map_err(|error| breach(format!("not JSON: {error}")))?;
+                    return parse_answer(&message)
+                        .ok_or_else(|| breach(format!("no answer: {:?}", Excerpt::new(&text))));
+                }
+                Err(LibvirtError::Timeout { waited, .. }) => {
+                    return Err(QmpError::Timeout { doing, waited });
+                }
+                Err(error) => {
+                    let sent = !matches!(error, LibvirtError::Closed { sent: false, .. });
+                    if !error.is_lost() || (once == Once::Sent && sent) {
+                        return Err(QmpError::Libvirt { doing, cause: error });
+                    }
+                    self.reconnect(doing, deadline)?;
+                }
+            }
+        }
+    }
+
+    /// Connects anew to a libvirt that was lost, and finds the domain again: the same, running since.
+    fn reconnect(&mut self, doing: &'static str, deadline: Deadline) -> Result<(), QmpError> {
+        let (path, uri) = (self.libvirt.path().to_owned(), self.uri.clone());
+        loop {
+            let left = deadline.left().unwrap_or_default();
+            let found = Libvirt::connect(&path, &uri, left).and_then(|mut libvirt| {
+                let domain = libvirt.domain(self.domain.uuid, left)?;
+                // Events are lost, and those to come are wanted.
+                libvirt.listen(&domain, left).map(|()| (libvirt, domain))
+            });
+            match found {
+                Ok((_, domain)) if domain.id != self.domain.id => {
+                    let what = format!(
+                        "domain {:?} was number {}, and is {}: it was started anew",
+                        Excerpt::new(&domain.name),
+                        self.domain.id,
+                        domain.id
+                    );
+                    return Err(QmpError::Protocol { doing, what });
+                }
+                Ok((libvirt, _)) => {
+                    self.libvirt = libvirt;
+                    self.reconnects += 1;
+                    return Ok(());
+                }
+                // It does not listen yet, or does not know its domains yet.
+                Err(cause) if deadline.left().is_none() => {
+                    return Err(QmpError::Libvirt { doing, cause });
+                }
+                Err(_) => std::thread::sleep(RECONNECT_PAUSE),
+            }
+        }
+    }
+
+    /// Hands on the events of the domain.
+    fn hand_out(&mut self, doing: &'static str, events: &mut Vec<Event>) -> Result<(), QmpError> {
+        for event in self.libvirt.take_events() {
+            if event.domain.uuid != self.domain.uuid {
+                continue;
+            }
+            if events.len() >= MAX_EVENTS {
+                let what = format!("more than {MAX_EVENTS} events that nobody took");
+                return Err(QmpError::Protocol { doing, what });
+            }
+            let data = event.data.as_deref().map_or(Ok(Value::Null), serde_json::from_str);
+            let data = data.map_err(|error| QmpError::Protocol {
+                doing,
+                what: format!("the data of an event is not JSON: {error}"),
+            })?;
+            events.push(Event {
+                name: event.name,
+                data,
+                seconds: event.seconds,
+                microseconds: event.microseconds.into(),
+                received: event.received,
+            });
+        }
+        Ok(())
+    }
+
+    fn poll_events(
+        &mut self,
+        doing: &'static str,
+        events: &mut Vec<Event>,
+        deadline: Deadline,
+    ) -> Result<(), QmpError> {
+        self.hand_out(doing, events)?;
+        while events.is_empty() {
+            let Some(left) = deadline.left() else { break };
+            let polled = self.libvirt.poll_events(left);
+            polled.map_err(|cause| QmpError::Libvirt { doing, cause })?;
+            self.hand_out(doing, events)?;
+        }
+        Ok(())
+    }
+}
+
+impl Socket {
+    /// One command and its answer; its id is sent with it.
+    fn exchange(
+        &mut self,
+        doing: &'static str,
+        arguments: &Value,
+        fd: Option<BorrowedFd<'_>>,
+        events: &mut Vec<Event>,
+        deadline: Deadline,
+    ) -> Result<Answer, QmpError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut line =
+            json!({ "execute": doing, "arguments": arguments, "id": id }).to_string().into_bytes();
+        line.push(b'\n');
+        self.send(doing, &line, fd, deadline)?;
+        loop {
+            let message = match self.receive(doing, deadline) {
+                Err(error @ QmpError::Timeout { .. }) => {
+                    self.given_up.insert(id);
+                    return Err(error);
+                }
+                other => other?,
+            };
+            if let Some(answer) = self.sort_out(message, Some(id), events, doing)? {
+                return Ok(answer);
+            }
+        }
+    }
+
+    fn poll_events(
+        &mut self,
+        doing: &'static str,
+        events: &mut Vec<Event>,
+        deadline: Deadline,
+    ) -> Result<(), QmpError> {
+        while events.is_empty() {
+            let message = match self.receive(doing, deadline) {
+                Err(QmpError::Timeout { .. }) => return Ok(()),
+                other => other?,
+            };
+            self.sort_out(message, None, events, doing)?;
+        }
+        Ok(())
+    }
 
     /// Keeps an event, drops a late answer, hands out the answer to `id`: its value, or the class
     /// and text of QEMU's refusal.
@@ -718,16 +1000,17 @@ impl Qmp {
         &mut self,
         message: Map<String, Value>,
         id: Option<u64>,
+        events: &mut Vec<Event>,
         doing: &'static str,
     ) -> Result<Option<Answer>, QmpError> {
         let breach = |what: String| QmpError::Protocol { doing, what };
         if message.contains_key("event") {
-            if self.events.len() >= MAX_EVENTS {
+            if events.len() >= MAX_EVENTS {
                 return Err(breach(format!("more than {MAX_EVENTS} events that nobody took")));
             }
             let event = parse_event(&message)
                 .ok_or_else(|| breach(format!("odd event {:?}", Excerpt::new(&show(&message)))))?;
-            self.events.push(event);
+            events.push(event);
             return Ok(None);
         }
         let answer = parse_answer(&message).ok_or_else(|| {

@@ -52,7 +52,7 @@ fn memfd_blocks(pid: u32) -> Result<u64> {
 }
 
 /// The rise from `before` to `after` in percent of `before`.
-fn rise(before: u64, after: u64) -> u64 {
+pub(super) fn rise(before: u64, after: u64) -> u64 {
     (after.saturating_sub(before) * 100).div_ceil(before.max(1))
 }
 
@@ -67,10 +67,10 @@ fn read_carelessly(guest: &mut Guest) -> Result<()> {
 /// While it lives, this process and those that it starts get pages of 4 KiB only. Else khugepaged
 /// joins pages at its leisure, fills the gaps between them and tears merged ones apart: what it
 /// costs the host would look like the acquisition's.
-struct SmallPages;
+pub(super) struct SmallPages;
 
 impl SmallPages {
-    fn only() -> Result<Self> {
+    pub(super) fn only() -> Result<Self> {
         disable_transparent_huge_pages(true)?;
         Ok(Self)
     }

@@ -10,6 +10,7 @@ mod holds;
 mod kills;
 mod live;
 mod outer;
+mod pmemsave;
 mod run;
 mod snapshot;
 mod tear;
@@ -35,6 +36,7 @@ pub(crate) fn all() -> Vec<Test> {
         snapshot::MEANWHILE,
         tearbench::TESTS,
         disk::TESTS,
+        pmemsave::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,

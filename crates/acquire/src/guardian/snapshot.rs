@@ -5,7 +5,7 @@
 //! all RAM from writing, lets the guest go on, and sends RAM from then on. What fails before the
 //! guest goes on leaves it stopped: QEMU does not undo its own stop.
 
-use super::{go_on, is_stopped};
+use super::{announce, go_on, is_stopped};
 use crate::monitor::{AskError, Monitor, SNAPSHOT};
 use crate::stall::Watch;
 use crate::undo::{Line, Undo};
@@ -33,6 +33,9 @@ pub(super) const LOOK: Duration = Duration::from_millis(5);
 
 /// How often QEMU is asked how far it is.
 const ASK: Duration = Duration::from_millis(50);
+
+/// The same on a monitor that others need too.
+const ASK_SHARED: Duration = Duration::from_secs(1);
 
 /// How long it may take to answer: its main loop may wait for a page that is protected, just when the
 /// stream is to be looked after.
@@ -187,6 +190,17 @@ impl Shot {
         self.end.is_some()
     }
 
+    /// QEMU has told that it stopped the guest, and let it go on.
+    pub(super) fn has_let_go(&self) -> bool {
+        !self.told.stops_us.is_empty() && self.told.resumes_us.len() > self.resumes_before
+    }
+
+    /// Something is to be asked: how far QEMU is, once a second where others need the monitor too.
+    pub(super) fn is_due(&self) -> bool {
+        let every = if self.has_let_go() { ASK_SHARED } else { ASK };
+        self.broken.is_some() || self.watch.is_hung_up() || self.asked.elapsed() >= every
+    }
+
     /// Breaks the stream if it is not read. Asks QEMU nothing.
     pub(super) fn watch(&mut self) {
         let stalled = self.watch.look().unwrap_or(Duration::MAX);
@@ -326,12 +340,6 @@ impl Shot {
         });
         Ok(())
     }
-}
-
-fn announce(undo: &mut Undo, line: &Line) -> Result<(), AskError> {
-    undo.write(line).map_err(|error| {
-        AskError::Query(format!("cannot write {}: {error}", undo.path().display()))
-    })
 }
 
 /// Tries out whether QEMU takes descriptors, sets what a snapshot needs, and begins it; `before` is

@@ -2,6 +2,7 @@
 //! share, `live` and `freeze`; `track` has rounds of its own. `snapshot` is QEMU's.
 
 pub mod hold;
+pub mod pmemsave;
 pub mod process;
 pub mod snapshot;
 pub mod track;

@@ -56,6 +56,9 @@ pub enum PassError {
     /// QEMU gave no snapshot.
     #[error(transparent)]
     Snapshot(super::snapshot::SnapshotError),
+    /// QEMU did not copy a slice.
+    #[error(transparent)]
+    Slices(super::pmemsave::SliceError),
 }
 
 /// One pass that was made.
@@ -91,7 +94,7 @@ pub struct Work<'a> {
 
 impl Work<'_> {
     /// Nanoseconds since the acquisition began.
-    fn now(&self) -> u64 {
+    pub(super) fn now(&self) -> u64 {
         self.log.now_ns()
     }
 
@@ -108,7 +111,7 @@ impl Work<'_> {
     }
 
     /// One pass, which ends at `until`, done or not.
-    fn pass(
+    pub(super) fn pass(
         &self,
         n: u32,
         until: Option<Instant>,
@@ -143,7 +146,7 @@ impl Work<'_> {
     }
 
     /// Reads a block; leaves the bytes of holes alone.
-    fn read(
+    pub(super) fn read(
         &self,
         block: GuestRange,
         buf: &mut [u8],
@@ -459,7 +462,7 @@ pub(super) fn first(
 }
 
 /// Puts the data of a block into a store that holds zeros there.
-fn put_first(
+pub(super) fn put_first(
     store: &dyn Store,
     block: GuestRange,
     new: &[u8],
@@ -547,7 +550,7 @@ fn lend<T>(
 
 /// The pages that were `read` and whose bytes differ, and the digest of `old`; `None` when no byte
 /// does.
-fn differences(
+pub(super) fn differences(
     block: GuestRange,
     new: &[u8],
     old: &[u8],

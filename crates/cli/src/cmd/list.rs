@@ -3,17 +3,20 @@
 use crate::args::List;
 use crate::exit::Exit;
 use crate::output::{self, safe, size};
-use acquire::find::{self, Row};
+use acquire::find::{self, Listing, Row};
 
 /// Prints a table, or one JSON object a line.
 pub(crate) fn run(args: &List) -> Exit {
-    let rows = match find::list() {
-        Ok(rows) => rows,
+    let Listing { rows, silent } = match find::list() {
+        Ok(listing) => listing,
         Err(error) => {
             output::error(&error);
             return Exit::Failed;
         }
     };
+    for text in &silent {
+        output::say(&format!("warning: {}", safe(text)));
+    }
     if args.json {
         for row in &rows {
             if !output::json(row) {
@@ -37,8 +40,8 @@ pub(crate) fn run(args: &List) -> Exit {
 
 /// The rows as aligned lines, a heading first. Monitors stand last: they are longest.
 fn table(rows: &[Row]) -> Vec<String> {
-    let mut cells: Vec<[String; 6]> =
-        vec![["NAME", "UUID", "PID", "RAM", "ACCEL", "QMP SOCKETS"].map(str::to_owned)];
+    let mut cells: Vec<[String; 7]> =
+        vec![["NAME", "UUID", "PID", "RAM", "ACCEL", "MANAGER", "QMP SOCKETS"].map(str::to_owned)];
     for row in rows {
         let monitors = match row.monitors.as_slice() {
             [] => "none".to_owned(),
@@ -50,13 +53,14 @@ fn table(rows: &[Row]) -> Vec<String> {
             row.pid.to_string(),
             row.memory_bytes.map_or_else(|| "?".to_owned(), size),
             safe(&row.accelerator),
+            safe(&manager(row)),
             safe(&monitors),
         ]);
     }
     let width = |column: usize| {
         cells.iter().map(|row| row.get(column).map_or(0, |c| c.chars().count())).max().unwrap_or(0)
     };
-    let widths: Vec<usize> = (0..5).map(width).collect();
+    let widths: Vec<usize> = (0..6).map(width).collect();
     cells
         .iter()
         .map(|row| {
@@ -73,9 +77,18 @@ fn table(rows: &[Row]) -> Vec<String> {
         .collect()
 }
 
+/// Whose VM it is, beside its process'.
+fn manager(row: &Row) -> String {
+    let libvirt = row.libvirt.as_ref().map(|domain| format!("libvirt {}", domain.id));
+    let proxmox = row.proxmox.as_ref().map(|vm| format!("proxmox {}", vm.vmid));
+    let all: Vec<String> = libvirt.into_iter().chain(proxmox).collect();
+    if all.is_empty() { "-".to_owned() } else { all.join(", ") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use acquire::find::ProxmoxVm;
 
     #[test]
     fn columns_align_and_names_are_harmless() {
@@ -88,14 +101,18 @@ mod tests {
             machine: None,
             monitors: vec!["/run/vm.sock".into()],
             exe: "/usr/bin/qemu-system-x86_64".into(),
+            own_mounts: false,
+            libvirt: None,
+            proxmox: Some(ProxmoxVm { vmid: 100, monitor: "/x".into(), lock: None })
+                .filter(|_| pid == 1),
         };
         let lines = table(&[row(1, "веб"), row(4711, "a\u{1b}[2J")]);
         assert_eq!(
             lines,
             [
-                r"NAME        UUID  PID   RAM      ACCEL  QMP SOCKETS",
-                r"веб         -     1     4.0 GiB  kvm    /run/vm.sock",
-                r"a\u{1b}[2J  -     4711  4.0 GiB  kvm    /run/vm.sock",
+                r"NAME        UUID  PID   RAM      ACCEL  MANAGER      QMP SOCKETS",
+                r"веб         -     1     4.0 GiB  kvm    proxmox 100  /run/vm.sock",
+                r"a\u{1b}[2J  -     4711  4.0 GiB  kvm    -            /run/vm.sock",
             ]
         );
     }

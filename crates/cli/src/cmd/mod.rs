@@ -21,6 +21,7 @@ pub(crate) fn wish(how: &How) -> Wish {
         stall_budget: how.stall_budget,
         hold: how.hold.into(),
         io_horizon: how.io_horizon,
+        slice_bytes: how.slice,
         rounds_unheld: 0,
         format: how.format.into(),
         store: how.store.map(Into::into),

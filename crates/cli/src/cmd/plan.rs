@@ -45,6 +45,10 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
             None if plan.snapshot.is_some() => {
                 "hold     none by us: QEMU stops the guest".to_owned()
             }
+            None if plan.slices.is_some() => {
+                "hold     none: the guest waits for QEMU where it needs it, slice by slice"
+                    .to_owned()
+            }
             None => "hold     none: the guest is never stopped".to_owned(),
             Some(hold) => format!(
                 "hold     by {}, {} expected, {} at most",
@@ -70,6 +74,14 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
                  for us {} at most",
                 time(snapshot.expected_ns),
                 time(snapshot.at_most_ns)
+            ),
+        },
+        match &plan.slices {
+            None => "slices   none: QEMU copies nothing".to_owned(),
+            Some(slices) => format!(
+                "slices   QEMU copies {} at a time, and less if that takes longer than {}",
+                size(slices.slice_bytes),
+                time(slices.at_most_ns)
             ),
         },
         format!(

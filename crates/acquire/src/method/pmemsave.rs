@@ -1,0 +1,203 @@
+//! `pmemsave`: QEMU's own copy of its guest's memory, in slices, each held against a read of ours just
+//! before it.
+//!
+//! QEMU copies a slice with its big lock taken: whatever in the guest needs QEMU waits meanwhile, and a
+//! guest that is translated stands. So slices are small, and one that took longer than the stall budget
+//! makes the next ones smaller. Between two slices the guest runs: the image is smeared.
+//!
+//! What the host has no memory behind is not asked for: QEMU reads through its mapping, which would give
+//! memory to it. Nor are pages that we could not read ourselves: QEMU would die of them.
+
+use super::process::{PassError, Work, differences, page_runs, put_first};
+use crate::copy::{Cell, Cut, Scratch};
+use crate::guardian::{Guardian, GuardianError};
+use crate::plan::PlannedSlices;
+use crate::told;
+use evidence::block::index;
+use evidence::manifest::Slices;
+use evidence::record::Span;
+use evidence::{GuestRange, PAGE, PageState};
+use rustix::fs::MemfdFlags;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
+
+/// Why memory could not be copied by QEMU.
+#[derive(Debug, thiserror::Error)]
+pub enum SliceError {
+    /// There is no file to copy into.
+    #[error("no file in memory could be made for QEMU to copy into")]
+    Make(#[source] io::Error),
+    /// QEMU did not.
+    #[error("QEMU did not copy {at}")]
+    Ask {
+        /// What it was asked for.
+        at: GuestRange,
+        /// Why.
+        #[source]
+        cause: GuardianError,
+    },
+    /// QEMU does not take the file.
+    #[error("QEMU did not take the file that it shall copy into")]
+    Pass(#[source] GuardianError),
+    /// The file has another length than the slice.
+    #[error("QEMU wrote {got} bytes for {at}")]
+    Length {
+        /// What it was asked for.
+        at: GuestRange,
+        /// What the file holds.
+        got: u64,
+    },
+    /// What it wrote cannot be read.
+    #[error("what QEMU wrote for {at} cannot be read")]
+    Read {
+        /// What it was asked for.
+        at: GuestRange,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+impl From<SliceError> for PassError {
+    fn from(error: SliceError) -> Self {
+        PassError::Slices(error)
+    }
+}
+
+/// What QEMU's copying gave.
+#[derive(Debug)]
+pub struct Sliced {
+    /// For the record; absent when QEMU never had the file.
+    pub slices: Option<Slices>,
+    /// How the pass ended.
+    pub end: Result<(), Cut<PassError>>,
+    /// The file could not be taken back.
+    pub doubt: Option<String>,
+}
+
+/// One pass over the running guest: each block is read from outside, then copied by QEMU, and the copy is
+/// kept.
+pub fn pmemsave(
+    work: &Work<'_>,
+    planned: &PlannedSlices,
+    guardian: &mut Guardian,
+    cells: &mut [Cell],
+    passes: &mut Vec<super::process::Pass>,
+) -> Sliced {
+    let none = |error: SliceError| Sliced {
+        slices: None,
+        end: Err(Cut::Failed(error.into())),
+        doubt: None,
+    };
+    if let Err(cut) = work.begin_pass() {
+        return Sliced { slices: None, end: Err(cut), doubt: None };
+    }
+    let file = match rustix::fs::memfd_create("stillframe-slice", MemfdFlags::CLOEXEC) {
+        Ok(file) => File::from(file),
+        Err(errno) => return none(SliceError::Make(errno.into())),
+    };
+    if let Err(error) = guardian.begin_slices(file.as_fd()) {
+        return none(SliceError::Pass(error));
+    }
+    let figures = Slices {
+        slice_bytes: planned.slice_bytes,
+        last_bytes: planned.slice_bytes,
+        budget_ns: planned.at_most_ns,
+        ..Slices::default()
+    };
+    let slicer = Mutex::new(Slicer { guardian, file, figures });
+    // One after the other, as QEMU copies them.
+    let mut scratches = Scratch::for_workers(1);
+    let end = work.pass(1, None, passes, cells, &mut scratches, |cell, scratch| {
+        // Nobody else takes it, and a worker that panicked has taken the run with it.
+        let mut slicer = slicer.lock().unwrap_or_else(PoisonError::into_inner);
+        block(work, &mut slicer, cell, scratch)
+    });
+    let Slicer { guardian, figures, .. } =
+        slicer.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let doubt = guardian.end_slices().err().map(|error| {
+        format!("the file that QEMU copied into could not be taken back at once: {}", told(&error))
+    });
+    Sliced { slices: Some(figures), end, doubt }
+}
+
+/// Reads a block, has QEMU copy it, and keeps the copy.
+fn block(
+    work: &Work<'_>,
+    slicer: &mut Slicer<'_>,
+    cell: &mut Cell,
+    scratch: &mut Scratch,
+) -> Result<(), PassError> {
+    let (ours, theirs, states) = scratch.parts(cell.block);
+    ours.fill(0);
+    theirs.fill(0);
+    let earlier = work.read(cell.block, ours, states)?;
+    let t0_ns = work.now();
+    let is_data = |page: usize| states.get(page) == Some(&PageState::Data);
+    for run in page_runs(cell.block, is_data) {
+        let start = cell.block.start() + run.start as u64;
+        slicer.copy(start, &mut theirs[run])?;
+    }
+    let copied = Span { t0_ns, t1_ns: work.now() };
+    if let Some((changed, first)) = differences(cell.block, theirs, ours, |_| true) {
+        cell.first = Some(Box::new(first));
+        cell.changed = Some(Box::new(changed));
+    }
+    put_first(work.store, cell.block, theirs, ours, states)?;
+    cell.states.copy_from_slice(states);
+    let read = !states.iter().all(|state| *state == PageState::Hole);
+    // Of holes there was one look.
+    cell.earlier = read.then_some(earlier);
+    cell.stored = if read { copied } else { earlier };
+    cell.pass = 1;
+    Ok(())
+}
+
+/// QEMU, as it copies.
+struct Slicer<'a> {
+    guardian: &'a mut Guardian,
+    file: File,
+    figures: Slices,
+}
+
+impl Slicer<'_> {
+    /// Fills `buf` with what QEMU copies from `gpa` on.
+    fn copy(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), SliceError> {
+        let mut done = 0;
+        while done < buf.len() {
+            let end = buf.len().min(done.saturating_add(index(self.figures.last_bytes)));
+            let Some(at) = GuestRange::from_ends(gpa + done as u64, gpa + end as u64) else {
+                break;
+            };
+            self.slice(at, &mut buf[done..end])?;
+            done = end;
+        }
+        Ok(())
+    }
+
+    fn slice(&mut self, at: GuestRange, buf: &mut [u8]) -> Result<(), SliceError> {
+        let took_ns = self
+            .guardian
+            .slice(at.start(), at.len())
+            .map_err(|cause| SliceError::Ask { at, cause })?;
+        let read = |cause| SliceError::Read { at, cause };
+        let got = self.file.metadata().map_err(read)?.len();
+        if got != at.len() {
+            return Err(SliceError::Length { at, got });
+        }
+        self.file.read_exact_at(buf, 0).map_err(read)?;
+        let figures = &mut self.figures;
+        figures.count += 1;
+        figures.bytes += at.len();
+        figures.total_ns = figures.total_ns.saturating_add(took_ns);
+        figures.longest_ns = figures.longest_ns.max(took_ns);
+        if took_ns > figures.budget_ns {
+            figures.over_budget += 1;
+            figures.last_bytes = (figures.last_bytes / 2 / PAGE * PAGE).max(PAGE);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,353 @@
+//! The libvirt client against peers that lie, hang and leave, and QMP through it. The peers are threads
+//! at the other end of a socket that write packets by hand; the real libvirtd is the lab's.
+#![forbid(unsafe_code)]
+// Helpers of tests are tests: a panic is their verdict.
+#![allow(clippy::unwrap_used)]
+
+use qemu::libvirt::{Domain, Libvirt, LibvirtError, SESSION, SYSTEM, sockets};
+use qemu::qmp::{Change, Command};
+use qemu::{Qmp, QmpError};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use serde_json::json;
+use std::fs::File;
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const LONG: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(150);
+
+const REMOTE: u32 = 0x2000_8086;
+const QEMU: u32 = 0x2000_8087;
+
+/// What the client sent: program, procedure, type, serial, payload.
+#[derive(Debug)]
+struct Call {
+    program: u32,
+    procedure: u32,
+    kind: u32,
+    serial: u32,
+    payload: Vec<u8>,
+}
+
+/// The other end.
+struct Peer(UnixStream);
+
+fn numbers(list: &[u32]) -> Vec<u8> {
+    list.iter().flat_map(|n| n.to_be_bytes()).collect()
+}
+
+fn string(text: &str) -> Vec<u8> {
+    let mut bytes = numbers(&[u32::try_from(text.len()).unwrap()]);
+    bytes.extend(text.as_bytes());
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+fn domain(name: &str, id: u32) -> Vec<u8> {
+    [string(name), vec![7; 16], numbers(&[id])].concat()
+}
+
+impl Peer {
+    fn call(&mut self) -> Call {
+        let mut head = [0; 28];
+        self.0.read_exact(&mut head).unwrap();
+        let at = |n: usize| u32::from_be_bytes(head[n * 4..n * 4 + 4].try_into().unwrap());
+        let mut payload = vec![0; usize::try_from(at(0)).unwrap() - 28];
+        self.0.read_exact(&mut payload).unwrap();
+        Call { program: at(1), procedure: at(3), kind: at(4), serial: at(5), payload }
+    }
+
+    fn send(&mut self, head: [u32; 6], payload: &[u8]) {
+        let len = u32::try_from(28 + payload.len()).unwrap();
+        // The client may have hung up: then the script just goes on.
+        let _ = self.0.write_all(&[numbers(&[len]), numbers(&head), payload.to_vec()].concat());
+    }
+
+    fn reply(&mut self, call: &Call, payload: &[u8]) {
+        self.send([call.program, 1, call.procedure, 1, call.serial, 0], payload);
+    }
+
+    fn answer(&mut self, payload: &[u8]) -> Call {
+        let call = self.call();
+        self.reply(&call, payload);
+        call
+    }
+
+    /// Lets the client in.
+    fn open(&mut self) {
+        let auth = self.answer(&numbers(&[1, 0]));
+        assert_eq!((auth.program, auth.procedure, auth.kind, auth.serial), (REMOTE, 66, 0, 1));
+        let open = self.answer(&[]);
+        assert_eq!((open.program, open.procedure, open.serial), (REMOTE, 1, 2));
+        assert!(open.payload.starts_with(&[numbers(&[1]), string(SYSTEM)].concat()));
+    }
+
+    /// Lets QMP through: events are registered, the version is asked for.
+    fn let_through(&mut self) {
+        let listen = self.answer(&numbers(&[3]));
+        assert_eq!((listen.program, listen.procedure), (QEMU, 4));
+        self.json(r#"{"return":{"qemu":{"micro":2,"minor":0,"major":10},"package":"x"},"id":"libvirt-9"}"#);
+    }
+
+    /// Answers the next monitor command with this JSON; gives back the command.
+    fn json(&mut self, text: &str) -> String {
+        let call = self.answer(&string(text));
+        assert_eq!((call.program, call.procedure), (QEMU, 1));
+        let at = call.payload.windows(9).position(|w| w == b"{\"argumen").unwrap();
+        String::from_utf8_lossy(&call.payload[at..]).into_owned()
+    }
+
+    fn event(&mut self, name: &str, data: Option<&str>) {
+        let mut payload = [numbers(&[3]), domain("a b", 4), string(name)].concat();
+        payload.extend([5u64.to_be_bytes().to_vec(), numbers(&[6])].concat());
+        payload.extend(numbers(&[u32::from(data.is_some())]));
+        payload.extend(data.map_or(Vec::new(), string));
+        self.send([QEMU, 1, 6, 2, 0, 0], &payload);
+    }
+}
+
+/// A client whose peer follows `script` once it has let it in.
+fn client(script: impl FnOnce(&mut Peer) + Send + 'static) -> Libvirt {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || {
+        let mut peer = Peer(theirs);
+        peer.open();
+        script(&mut peer);
+        let _ = peer.0.read_to_end(&mut Vec::new());
+    });
+    Libvirt::over(ours, Path::new("/peer"), SYSTEM, LONG).unwrap()
+}
+
+fn ab() -> Domain {
+    Domain { name: "a b".into(), uuid: [7; 16], id: 4 }
+}
+
+fn through(script: impl FnOnce(&mut Peer) + Send + 'static) -> Qmp {
+    let libvirt = client(|peer| {
+        peer.let_through();
+        script(peer);
+    });
+    Qmp::through(libvirt, SYSTEM, ab(), LONG, None).unwrap()
+}
+
+#[test]
+fn domains_are_listed_and_described() {
+    let mut libvirt = client(|peer| {
+        let list = [numbers(&[2]), domain("a b", 4), domain("веб", 5), numbers(&[2])].concat();
+        assert_eq!(peer.answer(&list).payload, numbers(&[1, 1]));
+        peer.answer(&9_000_123u64.to_be_bytes());
+        assert_eq!(
+            peer.answer(&numbers(&[3, 1])).payload,
+            [domain("a b", 4), numbers(&[0])].concat()
+        );
+        peer.answer(&string("<domain/>"));
+    });
+    let domains = libvirt.domains(LONG).unwrap();
+    assert_eq!(domains[0], ab());
+    assert_eq!(domains[1].uuid_text(), "07070707-0707-0707-0707-070707070707");
+    assert_eq!(libvirt.version(LONG).unwrap(), (9, 0, 123));
+    assert_eq!(libvirt.state(&ab(), LONG).unwrap(), (3, 1));
+    assert_eq!(libvirt.xml(&ab(), LONG).unwrap(), "<domain/>");
+}
+
+#[test]
+fn a_refusal_has_libvirts_words_and_the_next_call_works() {
+    let mut libvirt = client(|peer| {
+        let call = peer.call();
+        let text =
+            [numbers(&[42, 10, 1]), string("no \u{1b}[2J domain"), numbers(&[2, 0])].concat();
+        let rest = [numbers(&[1]), string("x"), numbers(&[0, 0, 1, 2, 0])].concat();
+        let head = [call.program, 1, call.procedure, 1, call.serial, 1];
+        peer.send(head, &[text, rest].concat());
+        peer.answer(&domain("a b", 4));
+    });
+    let error = libvirt.domain([7; 16], LONG).unwrap_err();
+    assert_eq!(error.code(), Some(42));
+    assert!(error.to_string().contains(r"no \u{1b}[2J domain"), "{error}");
+    assert_eq!(libvirt.domain([7; 16], LONG).unwrap(), ab());
+}
+
+#[test]
+fn whoever_wants_a_password_is_told_from_who_wants_none() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || drop(Peer(theirs).answer(&numbers(&[2, 1, 2]))));
+    let error = Libvirt::over(ours, Path::new("/peer"), SYSTEM, LONG).unwrap_err();
+    assert!(
+        matches!(&error, LibvirtError::Authentication { methods, .. } if methods == "SASL, polkit"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_peek_gives_what_was_asked_for_or_nothing() {
+    let mut libvirt = client(|peer| {
+        let call = peer.answer(&string("abcdefgh"));
+        assert!(
+            call.payload.ends_with(&[4096u64.to_be_bytes().to_vec(), numbers(&[8, 2])].concat())
+        );
+        peer.answer(&string("abc"));
+    });
+    assert_eq!(libvirt.peek(&ab(), 4096, 8, LONG).unwrap(), b"abcdefgh");
+    let error = libvirt.peek(&ab(), 4096, 8, LONG).unwrap_err();
+    assert!(error.to_string().contains("8 bytes were asked for, 3 came"), "{error}");
+}
+
+#[test]
+fn garbage_is_a_breach_and_ends_the_connection() {
+    type Script = fn(&mut Peer);
+    let scripts: [(&str, Script); 7] = [
+        ("left over", |peer| drop(peer.answer(&[domain("a b", 4), numbers(&[1])].concat()))),
+        ("too soon", |peer| drop(peer.answer(&numbers(&[3])))),
+        ("16777216", |peer| drop(peer.0.write_all(&[1, 0, 0, 0]))),
+        ("answer to call 99", |peer| peer.send([REMOTE, 1, 24, 1, 99, 0], &[])),
+        ("calls us", |peer| peer.send([REMOTE, 1, 24, 0, 1, 0], &[])),
+        ("kind 9", |peer| peer.send([REMOTE, 1, 24, 9, 1, 0], &[])),
+        ("an event", |peer| peer.send([QEMU, 1, 6, 2, 0, 0], &[1])),
+    ];
+    for (words, script) in scripts {
+        let mut libvirt = client(script);
+        let error = libvirt.domain([7; 16], LONG).unwrap_err();
+        assert!(matches!(error, LibvirtError::Protocol { .. }), "{words}: {error}");
+        assert!(error.to_string().contains(words), "{words}: {error}");
+        assert!(matches!(libvirt.domains(LONG), Err(LibvirtError::Broken)), "{words}");
+    }
+}
+
+#[test]
+fn a_late_answer_is_dropped() {
+    let mut libvirt = client(|peer| {
+        let late = peer.call();
+        std::thread::sleep(SHORT * 2);
+        peer.reply(&late, &domain("late", 1));
+        peer.answer(&domain("a b", 4));
+    });
+    let began = Instant::now();
+    let error = libvirt.domain([7; 16], SHORT).unwrap_err();
+    assert!(matches!(error, LibvirtError::Timeout { .. }) && began.elapsed() < LONG / 4, "{error}");
+    assert_eq!(libvirt.domain([7; 16], LONG).unwrap(), ab());
+}
+
+#[test]
+fn qmp_goes_through_libvirt() {
+    let mut qmp = through(|peer| {
+        peer.event("STOP", None);
+        peer.event("X", Some(r#"{"a":1}"#));
+        let command = peer.json(r#"{"return":{"status":"paused"},"id":"libvirt-10"}"#);
+        assert!(command.contains(r#""execute":"query-status""#), "{command}");
+        peer.json(r#"{"error":{"class":"GenericError","desc":"no"},"id":"libvirt-11"}"#);
+        peer.json("[]");
+    });
+    assert_eq!((qmp.version().qemu.major, qmp.domain().unwrap().id), (10, 4));
+    assert!(qmp.peer().unwrap().is_none());
+    let status = qmp.execute(Command::QueryStatus, json!({}), LONG).unwrap();
+    assert_eq!(status["status"], "paused");
+    let events = qmp.take_events();
+    assert_eq!(
+        (events[0].name.as_str(), events[0].seconds, events[0].microseconds),
+        ("STOP", 5, 6)
+    );
+    assert_eq!(events[1].data, json!({ "a": 1 }));
+    let error = qmp.change(&Change::Cont, LONG).unwrap_err();
+    assert!(matches!(error, QmpError::Refused { .. }), "{error}");
+    let error = qmp.execute(Command::QueryStatus, json!({}), LONG).unwrap_err();
+    assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
+    assert!(matches!(qmp.hmp(qemu::qmp::Hmp::InfoRamblock, LONG), Err(QmpError::Broken)));
+}
+
+#[test]
+fn a_descriptor_follows_its_command() {
+    let mut qmp = through(|peer| {
+        let call = peer.call();
+        assert_eq!((call.program, call.procedure, call.kind), (QEMU, 7, 4));
+        assert!(call.payload.starts_with(&[numbers(&[1]), domain("a b", 4)].concat()));
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [9; 4];
+        let pieces = &mut [IoSliceMut::new(&mut byte)];
+        let got = rustix::net::recvmsg(&peer.0, pieces, &mut control, RecvFlags::empty()).unwrap();
+        let fds = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds.count()),
+            _ => None,
+        });
+        assert_eq!((got.bytes, fds.sum::<usize>(), byte[0]), (1, 1, 0));
+        peer.reply(&call, &string(r#"{"return":{}}"#));
+    });
+    qmp.pass("x", File::open("/dev/null").unwrap().as_fd(), LONG).unwrap();
+}
+
+/// A libvirt that can be lost: each connection follows the next script.
+fn listening(scripts: Vec<Box<dyn FnOnce(&mut Peer) + Send>>) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || {
+        for script in scripts {
+            let mut peer = Peer(listener.accept().unwrap().0);
+            peer.open();
+            script(&mut peer);
+        }
+    });
+    (dir, path)
+}
+
+#[test]
+fn a_libvirt_that_starts_anew_is_found_again_for_queries() {
+    let (_dir, path) = listening(vec![
+        Box::new(|peer| {
+            peer.let_through();
+            drop(peer.call());
+        }),
+        Box::new(|peer| {
+            let lookup = peer.answer(&domain("a b", 4));
+            assert_eq!((lookup.program, lookup.procedure), (REMOTE, 24));
+            peer.answer(&numbers(&[1]));
+            peer.json(r#"{"return":{"status":"running"}}"#);
+            drop(peer.call());
+        }),
+    ]);
+    let libvirt = Libvirt::connect(&path, SYSTEM, LONG).unwrap();
+    let mut qmp = Qmp::through(libvirt, SYSTEM, ab(), LONG, None).unwrap();
+    let status = qmp.execute(Command::QueryStatus, json!({}), LONG).unwrap();
+    assert_eq!((&status["status"], qmp.reconnects()), (&json!("running"), 1));
+    // What may have been done is not done twice.
+    let error = qmp.change(&Change::Stop, LONG).unwrap_err();
+    assert!(matches!(error, QmpError::Libvirt { .. }), "{error}");
+    assert!(matches!(qmp.change(&Change::Cont, LONG), Err(QmpError::Broken)));
+}
+
+#[test]
+fn a_domain_that_was_started_anew_is_another_one() {
+    let (_dir, path) = listening(vec![
+        Box::new(Peer::let_through),
+        Box::new(|peer| {
+            peer.answer(&domain("a b", 5));
+            peer.answer(&numbers(&[1]));
+        }),
+    ]);
+    let libvirt = Libvirt::connect(&path, SYSTEM, LONG).unwrap();
+    let mut qmp = Qmp::through(libvirt, SYSTEM, ab(), LONG, None).unwrap();
+    let error = qmp.execute(Command::QueryStatus, json!({}), LONG).unwrap_err();
+    assert!(error.to_string().contains("started anew"), "{error}");
+}
+
+#[test]
+fn the_place_that_knows_comes_first() {
+    let all = sockets(Some(Path::new("/run/user/7")), true);
+    let paths: Vec<_> = all.iter().map(|(path, uri)| (path.to_str().unwrap(), *uri)).collect();
+    assert_eq!(
+        paths,
+        [
+            ("/run/libvirt/virtqemud-sock-ro", SYSTEM),
+            ("/run/libvirt/libvirt-sock-ro", SYSTEM),
+            ("/run/user/7/libvirt/virtqemud-sock", SESSION),
+            ("/run/user/7/libvirt/libvirt-sock", SESSION),
+        ]
+    );
+    assert_eq!(sockets(None, false).len(), 2);
+    let nobody = Libvirt::connect(Path::new("/nonexistent"), SYSTEM, SHORT).unwrap_err();
+    assert!(nobody.is_lost(), "{nobody}");
+}
