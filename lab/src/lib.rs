@@ -23,6 +23,7 @@ mod error;
 mod guest;
 mod initramfs;
 mod kit;
+pub mod libvirtd;
 mod mtree;
 pub mod outer;
 #[path = "../guest/pattern.rs"]

@@ -14,7 +14,7 @@ use crate::kit::{self, Kit, Version};
 use crate::{initramfs, outer};
 
 /// Programs that must be on the machine, and the Debian packages that bring them.
-const NEEDED: [(&str, &str); 8] = [
+const NEEDED: [(&str, &str); 12] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/bin/busybox", "busybox-static"),
     ("/usr/lib/python3/dist-packages/venv-is-here", "python3-venv"),
@@ -26,7 +26,15 @@ const NEEDED: [(&str, &str); 8] = [
     ("/usr/bin/setpriv", "util-linux"),
     // For the slow disk in the outer guest.
     ("/sbin/dmsetup", "dmsetup"),
+    ("/usr/sbin/libvirtd", "libvirt-daemon"),
+    (LIBVIRT_DRIVER, "libvirt-daemon-driver-qemu"),
+    // With QEMU's user.
+    ("/usr/share/doc/libvirt-daemon-system", "libvirt-daemon-system"),
+    ("/usr/bin/virsh", "libvirt-clients"),
 ];
+
+const LIBVIRT_DRIVER: &str =
+    "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so";
 
 /// Python packages of the analysis environment.
 const PYTHON: [&str; 2] = ["volatility3==2.28.2", "pakunoda==1.0.9"];

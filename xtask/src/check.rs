@@ -14,7 +14,7 @@ use crate::{Outcome, build, fuzz};
 const DENY: &str = "0.20.2";
 
 /// The bounded run of every fuzz target.
-const FUZZ: fuzz::Args = fuzz::Args { seconds: 4, target: None };
+const FUZZ: fuzz::Args = fuzz::Args { seconds: 3, target: None };
 
 /// Runs everything; the closing line counts checks, unit tests and lab tests together.
 /// `false` when anything failed.

@@ -168,8 +168,7 @@ fn protection() -> Check {
             NAME,
             Verdict::Limited,
             format!("no images by snapshot, as far as we can see: {error}"),
-            "root, or sysctl vm.unprivileged_userfaultfd=1: it lets every user's programs delay the \
-             kernel at chosen places, which exploits use",
+            &format!("run as root; {USERFAULTS}"),
         ),
     }
 }
@@ -220,9 +219,27 @@ fn left_behind() -> Check {
     }
 }
 
+/// What lets every QEMU protect its memory, and what that costs.
+const USERFAULTS: &str = "sysctl vm.unprivileged_userfaultfd=1: it lets every user's programs delay the kernel at chosen places, \
+     which exploits use; or give QEMU's user /dev/userfaultfd (Linux 6.1)";
+
+/// Whether each VM's QEMU may do what a snapshot needs; where none may not, there is nothing to say.
+fn snapshots(rows: &[crate::find::Row]) -> Vec<Check> {
+    let may_not = |row: &&crate::find::Row| {
+        let process = host::Process::open(row.pid);
+        process.is_ok_and(|process| !host::userfault::is_allowed_to(&process))
+    };
+    let check = |row: &crate::find::Row| {
+        let found = "its QEMU may not use userfaultfd: no images of it by snapshot";
+        Check::bad(&format!("VM {}", row.name), Verdict::Limited, found, USERFAULTS)
+    };
+    rows.iter().filter(may_not).map(check).collect()
+}
+
 /// One line for each VM: whether its process can be read, and whether it has a monitor.
 fn guests() -> Vec<Check> {
     let Ok(crate::find::Listing { rows, .. }) = crate::find::list() else { return Vec::new() };
+    let snapshots = snapshots(&rows);
     rows.iter()
         .map(|row| {
             let name = format!("VM {}", row.name);
@@ -248,5 +265,6 @@ fn guests() -> Vec<Check> {
                 [first, ..] => Check::good(&name, format!("PID {}, monitor {first}", row.pid)),
             }
         })
+        .chain(snapshots)
         .collect()
 }

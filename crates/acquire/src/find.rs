@@ -18,6 +18,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -326,5 +327,8 @@ fn seen_from_here(process: &Process, path: PathBuf) -> PathBuf {
     if !process.has_own_mounts() {
         return path;
     }
-    root_of(process.pid()).join(path.strip_prefix("/").unwrap_or(&path))
+    let its = root_of(process.pid()).join(path.strip_prefix("/").unwrap_or(&path));
+    let file = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+    // libvirt's QEMUs have mounts of their own, in which nearly all is the host's.
+    if file(&path).is_some() && file(&path) == file(&its) { path } else { its }
 }

@@ -52,7 +52,7 @@ const SUCCESSION: Duration = Duration::from_millis(100);
 #[derive(Debug, Serialize, Deserialize)]
 enum Ask {
     /// The first message.
-    Begin { whom: Whom, target: Who, capture: Who, undo: PathBuf },
+    Begin { whom: Box<Whom>, target: Who, capture: Who, undo: PathBuf },
     /// Everything that is asked before anything is decided.
     Look,
     /// What is asked once more after the last read.
@@ -307,7 +307,7 @@ impl Keeper {
         let mut keeper = Self {
             channel,
             undo: undo_file,
-            whom,
+            whom: *whom,
             capture,
             monitor,
             notes,
@@ -1021,7 +1021,7 @@ type Begun = (Peer, manifest::Process, Option<Undone>);
 fn begin(whom: &Whom, target: Who, capture: Who, undo: &Undo, log: &Log) -> Result<Begun, Begin> {
     let failed = |error: &dyn std::error::Error| Begin::Start(told(error));
     let mut peer = Peer::start(Role::Guardian).map_err(|e| failed(&e))?;
-    let (whom, path) = (whom.clone(), undo.path().to_owned());
+    let (whom, path) = (Box::new(whom.clone()), undo.path().to_owned());
     let begin = Ask::Begin { whom, target, capture, undo: path };
     peer.say(&begin, PROMPT).map_err(|e| failed(&e))?;
     peer.channel().send_fds(&[undo.as_fd()]).map_err(|e| failed(&e))?;

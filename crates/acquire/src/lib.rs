@@ -356,7 +356,7 @@ impl Run {
                 })
             }
             (None, _, None) => match &plan.slices {
-                Some(planned) => self.pmemsave(&work, planned, guardian),
+                Some(planned) => self.pmemsave(&work, planned, looked, guardian),
                 None => process::live(&work, &mut self.cells, &mut self.passes),
             },
         };
@@ -455,10 +455,12 @@ impl Run {
         &mut self,
         work: &Work<'_>,
         planned: &PlannedSlices,
+        looked: &Looked,
         guardian: &mut Guardian,
     ) -> Result<(), Cut<PassError>> {
         let (cells, passes) = (&mut self.cells, &mut self.passes);
-        let sliced = pmemsave::pmemsave(work, planned, guardian, cells, passes);
+        let through = looked.target.through.as_ref();
+        let sliced = pmemsave::pmemsave(work, planned, through, guardian, cells, passes);
         self.changes.extend(sliced.slices.as_ref().map(record::slices_change));
         self.warnings.extend(sliced.doubt);
         if let Some(slices) = &sliced.slices {

@@ -4,7 +4,7 @@
 use crate::speed::Speed;
 use evidence::format::Format;
 use evidence::manifest::Class;
-pub use evidence::manifest::{HoldKind, Method, StoreKind};
+pub use evidence::manifest::{HoldKind, Method, SliceWay, StoreKind};
 use evidence::state::PAGE;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -266,6 +266,8 @@ pub struct PlannedSnapshot {
 /// QEMU's own copying, as planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedSlices {
+    /// Who has QEMU copy: libvirt, where it has the monitor.
+    pub by: SliceWay,
     /// The most bytes that are asked for at a time.
     pub slice_bytes: u64,
     /// The stall budget in nanoseconds: a slice that takes longer makes the next ones smaller.
@@ -557,7 +559,11 @@ fn slices(facts: &Facts, wish: &Wish) -> Result<PlannedSlices, Refusal> {
         return Err(Refusal::new(reason, &["--method live", "--method freeze"]));
     }
     let slice_bytes = (wish.slice_bytes / PAGE * PAGE).clamp(PAGE, SLICE_AT_MOST);
-    Ok(PlannedSlices { slice_bytes, at_most_ns: nanos(wish.stall_budget) })
+    let by = match facts.through_libvirt {
+        true => SliceWay::MemoryPeek,
+        false => SliceWay::Pmemsave,
+    };
+    Ok(PlannedSlices { by, slice_bytes, at_most_ns: nanos(wish.stall_budget) })
 }
 
 /// The least locked memory for the last pass of `track` that is worth trying.
@@ -930,6 +936,11 @@ fn changes(facts: &Facts, store: StoreKind, way: Way) -> Vec<String> {
             "QEMU's settings of migration are changed for the time of the snapshot and put back; QEMU \
              stops the guest and lets it go on, writes its disks out, and tells all its monitors; its \
              query-migrate tells of this snapshot from then on"
+        }
+        _ if slices.is_some_and(|slices| slices.by == SliceWay::MemoryPeek) => {
+            "libvirt has QEMU copy the guest's memory, a slice at a time (DOMAIN_MEMORY_PEEK), into a file \
+             on the host's disk that it reads and removes; the guest waits for QEMU where it needs it; \
+             beside that only queries are sent"
         }
         _ if slices.is_some() => {
             "QEMU is given a file of ours in memory, copies the guest's memory into it a slice at a time \

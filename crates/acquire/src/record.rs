@@ -10,7 +10,7 @@ use crate::{CaseNotes, Request};
 use evidence::digest::{Digest, Hasher};
 use evidence::manifest::{
     self, Change, Clock, FileRecord, Footprint, Host, JournalFile, Loss, LossKind, Manifest,
-    MapCheck, Operator, Stable, StateBytes, Status, Tool, VOLATILE, Vm,
+    MapCheck, Operator, SliceWay, Stable, StateBytes, Status, Tool, VOLATILE, Vm,
 };
 use evidence::record::Span;
 use evidence::state::pages;
@@ -491,11 +491,21 @@ pub fn no_snapshot_change() -> Change {
 /// What QEMU's copying changed.
 pub fn slices_change(slices: &manifest::Slices) -> Change {
     let ms = slices.longest_ns.div_ceil(1_000_000);
+    let by = match slices.by {
+        SliceWay::Pmemsave => {
+            "QEMU was given a file of ours in memory (add-fd), copied the guest's memory into it with \
+             pmemsave, and gave it back (remove-fd)"
+        }
+        SliceWay::MemoryPeek => {
+            "libvirt had QEMU copy the guest's memory with pmemsave (DOMAIN_MEMORY_PEEK) into files on the \
+             host's disk, in libvirt's cache, each of which it read and removed: what they held may be \
+             found on that disk"
+        }
+    };
     Change {
         what: format!(
-            "QEMU was given a file of ours (add-fd), copied the guest's memory into it with pmemsave, {} \
-             times and at most {} bytes at a time, and gave it back (remove-fd); the guest waited for it \
-             where it needed QEMU, for {ms} ms at most each time",
+            "{by}: {} times, at most {} bytes at a time; the guest waited for QEMU where it needed it, for \
+             {ms} ms at most each time",
             slices.count, slices.slice_bytes
         ),
         why: "QEMU's own copy was asked for".to_owned(),

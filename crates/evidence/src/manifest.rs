@@ -393,6 +393,8 @@ pub struct Snapshot {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Slices {
+    /// Who had QEMU copy.
+    pub by: SliceWay,
     /// How many.
     pub count: u64,
     /// Bytes of all of them.
@@ -410,6 +412,18 @@ pub struct Slices {
     pub budget_ns: u64,
     /// How many took longer than that.
     pub over_budget: u64,
+}
+
+/// Who has QEMU copy its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SliceWay {
+    /// We, by QMP `pmemsave` into a file in memory.
+    #[default]
+    Pmemsave,
+    /// libvirt, by DOMAIN_MEMORY_PEEK: QMP `pmemsave` into a file on the host's disk, which libvirt reads
+    /// and removes.
+    MemoryPeek,
 }
 
 /// A device whose state is in a snapshot's stream.
@@ -1440,6 +1454,7 @@ pub(crate) mod tests {
         let mut whole = example();
         whole.method = Method::Pmemsave;
         whole.slices = Some(Slices {
+            by: SliceWay::Pmemsave,
             count: 2,
             bytes: 8192,
             slice_bytes: 4096,

@@ -279,8 +279,11 @@ fn a_descriptor_follows_its_command() {
     qmp.pass("x", File::open("/dev/null").unwrap().as_fd(), LONG).unwrap();
 }
 
+/// What a peer does on one connection.
+type Script = Box<dyn FnOnce(&mut Peer) + Send>;
+
 /// A libvirt that can be lost: each connection follows the next script.
-fn listening(scripts: Vec<Box<dyn FnOnce(&mut Peer) + Send>>) -> (tempfile::TempDir, PathBuf) {
+fn listening(scripts: Vec<Script>) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sock");
     let listener = UnixListener::bind(&path).unwrap();

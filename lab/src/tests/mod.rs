@@ -8,6 +8,7 @@ mod footprint;
 mod harness;
 mod holds;
 mod kills;
+mod libvirt;
 mod live;
 mod outer;
 mod pmemsave;
@@ -37,6 +38,7 @@ pub(crate) fn all() -> Vec<Test> {
         tearbench::TESTS,
         disk::TESTS,
         pmemsave::TESTS,
+        libvirt::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,

@@ -5,24 +5,31 @@
 //! guest that is translated stands. So slices are small, and one that took longer than the stall budget
 //! makes the next ones smaller. Between two slices the guest runs: the image is smeared.
 //!
+//! Where libvirt has the monitor, its own pmemsave is used, DOMAIN_MEMORY_PEEK, on a connection of this
+//! process: what it gives is guest memory, which the guardian never sees.
+//!
 //! What the host has no memory behind is not asked for: QEMU reads through its mapping, which would give
 //! memory to it. Nor are pages that we could not read ourselves: QEMU would die of them.
 
 use super::process::{PassError, Work, differences, page_runs, put_first};
 use crate::copy::{Cell, Cut, Scratch};
+use crate::find::LibvirtDomain;
 use crate::guardian::{Guardian, GuardianError};
 use crate::plan::PlannedSlices;
 use crate::told;
 use evidence::block::index;
-use evidence::manifest::Slices;
+use evidence::manifest::{SliceWay, Slices};
 use evidence::record::Span;
 use evidence::{GuestRange, PAGE, PageState};
+use qemu::libvirt::{Domain, Libvirt, LibvirtError};
 use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Why memory could not be copied by QEMU.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +46,18 @@ pub enum SliceError {
         #[source]
         cause: GuardianError,
     },
+    /// libvirt did not.
+    #[error("libvirt gave nothing of {at}")]
+    Peek {
+        /// What it was asked for.
+        at: GuestRange,
+        /// Why.
+        #[source]
+        cause: LibvirtError,
+    },
+    /// libvirt cannot be reached once more.
+    #[error("libvirt does not show the domain to this process: {0}")]
+    Domain(String),
     /// QEMU does not take the file.
     #[error("QEMU did not take the file that it shall copy into")]
     Pass(#[source] GuardianError),
@@ -83,6 +102,7 @@ pub struct Sliced {
 pub fn pmemsave(
     work: &Work<'_>,
     planned: &PlannedSlices,
+    through: Option<&LibvirtDomain>,
     guardian: &mut Guardian,
     cells: &mut [Cell],
     passes: &mut Vec<super::process::Pass>,
@@ -95,20 +115,22 @@ pub fn pmemsave(
     if let Err(cut) = work.begin_pass() {
         return Sliced { slices: None, end: Err(cut), doubt: None };
     }
-    let file = match rustix::fs::memfd_create("stillframe-slice", MemfdFlags::CLOEXEC) {
-        Ok(file) => File::from(file),
-        Err(errno) => return none(SliceError::Make(errno.into())),
+    let way = match (planned.by, through) {
+        (SliceWay::MemoryPeek, Some(domain)) => libvirt(domain),
+        _ => file(guardian),
     };
-    if let Err(error) = guardian.begin_slices(file.as_fd()) {
-        return none(SliceError::Pass(error));
-    }
+    let way = match way {
+        Ok(way) => way,
+        Err(error) => return none(error),
+    };
     let figures = Slices {
+        by: planned.by,
         slice_bytes: planned.slice_bytes,
         last_bytes: planned.slice_bytes,
         budget_ns: planned.at_most_ns,
         ..Slices::default()
     };
-    let slicer = Mutex::new(Slicer { guardian, file, figures });
+    let slicer = Mutex::new(Slicer { way, figures });
     // One after the other, as QEMU copies them.
     let mut scratches = Scratch::for_workers(1);
     let end = work.pass(1, None, passes, cells, &mut scratches, |cell, scratch| {
@@ -116,9 +138,12 @@ pub fn pmemsave(
         let mut slicer = slicer.lock().unwrap_or_else(PoisonError::into_inner);
         block(work, &mut slicer, cell, scratch)
     });
-    let Slicer { guardian, figures, .. } =
-        slicer.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let doubt = guardian.end_slices().err().map(|error| {
+    let Slicer { way, figures } = slicer.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let ended = match way {
+        Way::File { guardian, .. } => guardian.end_slices(),
+        Way::Libvirt { .. } => Ok(()),
+    };
+    let doubt = ended.err().map(|error| {
         format!("the file that QEMU copied into could not be taken back at once: {}", told(&error))
     });
     Sliced { slices: Some(figures), end, doubt }
@@ -156,10 +181,74 @@ fn block(
     Ok(())
 }
 
-/// QEMU, as it copies.
+/// How a slice comes to us.
+enum Way<'a> {
+    /// In a file of ours that QEMU has too.
+    File { guardian: &'a mut Guardian, file: File },
+    /// From libvirt.
+    Libvirt { libvirt: Libvirt, domain: Domain },
+}
+
+/// Gives QEMU a file in memory.
+fn file(guardian: &mut Guardian) -> Result<Way<'_>, SliceError> {
+    let file = rustix::fs::memfd_create("stillframe-slice", MemfdFlags::CLOEXEC);
+    let file = file.map(File::from).map_err(|errno| SliceError::Make(errno.into()))?;
+    guardian.begin_slices(file.as_fd()).map_err(SliceError::Pass)?;
+    Ok(Way::File { guardian, file })
+}
+
+/// A connection to libvirt, and the domain there: the one that the guardian asks.
+fn libvirt(known: &LibvirtDomain) -> Result<Way<'static>, SliceError> {
+    let none = |error: &dyn std::error::Error| SliceError::Domain(told(error));
+    let wanted = known.domain().ok_or_else(|| SliceError::Domain(known.uuid.clone()))?;
+    let socket = Path::new(&known.socket);
+    let mut libvirt = Libvirt::connect(socket, &known.uri, PEEK).map_err(|e| none(&e))?;
+    let domain = libvirt.domain(wanted.uuid, PEEK).map_err(|e| none(&e))?;
+    match domain.id == wanted.id {
+        true => Ok(Way::Libvirt { libvirt, domain }),
+        false => Err(SliceError::Domain("it was started anew".to_owned())),
+    }
+}
+
+impl Way<'_> {
+    /// Fills `buf` with QEMU's copy of `at`; how long that took, in nanoseconds.
+    fn slice(&mut self, at: GuestRange, buf: &mut [u8]) -> Result<u64, SliceError> {
+        match self {
+            Self::File { guardian, file } => {
+                let took_ns = guardian
+                    .slice(at.start(), at.len())
+                    .map_err(|cause| SliceError::Ask { at, cause })?;
+                let read = |cause| SliceError::Read { at, cause };
+                let got = file.metadata().map_err(read)?.len();
+                if got != at.len() {
+                    return Err(SliceError::Length { at, got });
+                }
+                file.read_exact_at(buf, 0).map_err(read)?;
+                Ok(took_ns)
+            }
+            Self::Libvirt { libvirt, domain } => {
+                let len = u32::try_from(at.len()).unwrap_or(u32::MAX);
+                let began = Instant::now();
+                let bytes = libvirt
+                    .peek(domain, at.start(), len, PEEK)
+                    .map_err(|cause| SliceError::Peek { at, cause })?;
+                let took = began.elapsed();
+                if bytes.len() != buf.len() {
+                    return Err(SliceError::Length { at, got: bytes.len() as u64 });
+                }
+                buf.copy_from_slice(&bytes);
+                Ok(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX))
+            }
+        }
+    }
+}
+
+/// How long libvirt may take for an answer.
+const PEEK: Duration = Duration::from_secs(10);
+
+/// What is copied, and what that took.
 struct Slicer<'a> {
-    guardian: &'a mut Guardian,
-    file: File,
+    way: Way<'a>,
     figures: Slices,
 }
 
@@ -179,16 +268,7 @@ impl Slicer<'_> {
     }
 
     fn slice(&mut self, at: GuestRange, buf: &mut [u8]) -> Result<(), SliceError> {
-        let took_ns = self
-            .guardian
-            .slice(at.start(), at.len())
-            .map_err(|cause| SliceError::Ask { at, cause })?;
-        let read = |cause| SliceError::Read { at, cause };
-        let got = self.file.metadata().map_err(read)?.len();
-        if got != at.len() {
-            return Err(SliceError::Length { at, got });
-        }
-        self.file.read_exact_at(buf, 0).map_err(read)?;
+        let took_ns = self.way.slice(at, buf)?;
         let figures = &mut self.figures;
         figures.count += 1;
         figures.bytes += at.len();

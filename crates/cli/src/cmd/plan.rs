@@ -4,7 +4,7 @@ use crate::args;
 use crate::cmd;
 use crate::exit::Exit;
 use crate::output::{self, safe, size, time};
-use ::acquire::plan::Plan;
+use ::acquire::plan::{Plan, TAINT};
 use ::acquire::{Request, Surveyed};
 
 /// Looks, decides, prints; changes nothing.
@@ -17,6 +17,10 @@ pub(crate) fn run(args: &args::Plan) -> Exit {
         max_rate: args.max_rate,
         ..Request::default()
     };
+    // Before it is done: to look is to ask QEMU.
+    if ::acquire::find::one(&request.vm).is_ok_and(|target| target.through.is_some()) {
+        output::say(&format!("warning: {TAINT}"));
+    }
     let surveyed = match ::acquire::survey(&request) {
         Ok(surveyed) => surveyed,
         Err(failure) => return cmd::acquire::failed(&failure),

@@ -1,0 +1,235 @@
+//! A real libvirtd, the host's own, started for a test and ended with it; and domains of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::error::{Doing, Result, failed, skipped};
+use crate::kit::{Kit, Version, is_root};
+use crate::proc;
+use crate::runner::finish;
+
+/// Where it listens.
+const SOCKET: &str = "/run/libvirt/libvirt-sock";
+
+/// Longest wait for it, and for what it does.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The daemon, and its daemon for logs.
+#[derive(Debug)]
+pub struct Libvirtd {
+    daemon: Child,
+    logs: Child,
+}
+
+fn start(program: &str) -> Result<Child> {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "TERM", program]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().doing(format_args!("starting {program}"))
+}
+
+/// `virsh ARGS` on the host's daemon: what it printed.
+fn virsh(args: &[&str]) -> Result<String> {
+    let mut command = Command::new("virsh");
+    command.args(["-q", "-c", "qemu:///system"]).args(args);
+    Ok(finish(command, PATIENCE)?.expect_code(0)?.stdout)
+}
+
+impl Libvirtd {
+    /// Starts it. A machine on which one runs already is not ours to play with.
+    pub fn start() -> Result<Self> {
+        if !is_root() {
+            return Err(skipped("libvirt's host daemon needs root"));
+        }
+        if !proc::with_program(Path::new("/usr/sbin/libvirtd")).is_empty() {
+            return Err(skipped("a libvirtd that is not the lab's runs here"));
+        }
+        let logs = start("/usr/sbin/virtlogd")?;
+        let libvirtd = Self { daemon: start("/usr/sbin/libvirtd")?, logs };
+        libvirtd.wait()?;
+        Ok(libvirtd)
+    }
+
+    fn wait(&self) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match virsh(&["list"]) {
+                Ok(_) => return Ok(()),
+                Err(e) if Instant::now() > until => return Err(e),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+
+    /// Whether it is the one that was started, and lives.
+    pub fn lives(&mut self) -> Result<bool> {
+        Ok(self.daemon.try_wait()?.is_none())
+    }
+
+    /// Kills it, waits so long, and starts another one.
+    pub fn restart(&mut self, pause: Duration) -> Result<()> {
+        self.daemon.kill().and_then(|()| self.daemon.wait()).doing("killing libvirtd")?;
+        std::thread::sleep(pause);
+        self.daemon = start("/usr/sbin/libvirtd")?;
+        self.wait()
+    }
+
+    /// A Linux domain, in `dir`, that runs once its init listens.
+    pub fn domain(&self, kit: &Kit, dir: &Path, name: &str, version: Version) -> Result<Domain> {
+        Domain::create(kit, dir, name, version)
+    }
+}
+
+impl Drop for Libvirtd {
+    fn drop(&mut self) {
+        for child in [&mut self.daemon, &mut self.logs] {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // What a killed daemon leaves; another one would find a socket that nobody serves.
+        for name in ["libvirt-sock", "libvirt-sock-ro", "libvirt-admin-sock"] {
+            let _ = fs::remove_file(Path::new(SOCKET).with_file_name(name));
+        }
+    }
+}
+
+/// A running domain; dropped, it is destroyed.
+#[derive(Debug)]
+pub struct Domain {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// QEMU's PID.
+    pub pid: u32,
+    /// A monitor beside libvirt's.
+    pub second_monitor: PathBuf,
+    capabilities: Value,
+    console: PathBuf,
+}
+
+/// Text for XML.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
+
+impl Domain {
+    fn create(kit: &Kit, dir: &Path, name: &str, version: Version) -> Result<Self> {
+        let at = |file: &str| dir.join(file);
+        // libvirt gives what a domain uses to QEMU's user.
+        fs::copy(kit.kernel(), at("vmlinuz"))?;
+        fs::copy(kit.initramfs(), at("initrd"))?;
+        let emulator = at("emulator");
+        fs::write(&emulator, script(&kit.qemu(version)))?;
+        let mut mode = fs::metadata(&emulator)?.permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut mode, 0o755);
+        fs::set_permissions(&emulator, mode)?;
+        let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
+        // QEMU's user makes it: so in a directory that is open to all.
+        let sockets = at("sockets");
+        fs::create_dir(&sockets)?;
+        let mut open = fs::metadata(&sockets)?.permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut open, 0o777);
+        fs::set_permissions(&sockets, open)?;
+        let (second, console) = (sockets.join("second.sock"), sockets.join("console"));
+        let xml = format!(
+            "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+            <name>{}</name><uuid>{uuid}</uuid><memory unit='MiB'>160</memory><vcpu>1</vcpu>
+            <os><type arch='x86_64' machine='pc'>hvm</type><kernel>{}</kernel><initrd>{}</initrd>
+            <cmdline>console=ttyS0 quiet</cmdline></os>
+            <features><acpi/><apic/></features>
+            <devices><emulator>{}</emulator><memballoon model='none'/>
+            <serial type='file'><source path='{}'/></serial></devices>
+            <qemu:commandline><qemu:arg value='-qmp'/>
+            <qemu:arg value='unix:{},server=on,wait=off'/></qemu:commandline></domain>",
+            escaped(name),
+            at("vmlinuz").display(),
+            at("initrd").display(),
+            emulator.display(),
+            console.display(),
+            second.display(),
+        );
+        fs::write(at("domain.xml"), xml)?;
+        virsh(&["create", &at("domain.xml").display().to_string()]).doing("creating a domain")?;
+        let mut domain = Self {
+            name: name.to_owned(),
+            uuid,
+            pid: 0,
+            second_monitor: second,
+            capabilities: Value::Null,
+            console,
+        };
+        let pid = fs::read_to_string(format!("/run/libvirt/qemu/{name}.pid")).doing("its PID")?;
+        domain.pid = pid.trim().parse()?;
+        let until = Instant::now() + PATIENCE;
+        while !fs::read_to_string(&domain.console).unwrap_or_default().contains("guest-ready") {
+            if Instant::now() > until {
+                return Err(failed(format_args!("domain {name:?} does not come up")));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        domain.capabilities = domain.qmp("query-migrate-capabilities")?;
+        Ok(domain)
+    }
+
+    /// `virsh COMMAND DOMAIN`.
+    pub fn virsh(&self, command: &str) -> Result<String> {
+        virsh(&[command, &self.uuid])
+    }
+
+    /// A QMP command without arguments through libvirt: what QEMU returns.
+    pub fn qmp(&self, command: &str) -> Result<Value> {
+        let line = json!({ "execute": command }).to_string();
+        let said = virsh(&["qemu-monitor-command", &self.uuid, &line])?;
+        let answer: Value = serde_json::from_str(said.trim()).doing(format_args!("{said:?}"))?;
+        match answer.get("return") {
+            Some(value) => Ok(value.clone()),
+            None => Err(failed(format_args!("{command} was answered with {answer}"))),
+        }
+    }
+
+    /// Fails unless the domain runs, by libvirt's word and by QEMU's, and QEMU's settings of migration
+    /// are what they were.
+    pub fn assert_as_found(&self) -> Result<()> {
+        let state = self.virsh("domstate")?;
+        let status = self.qmp("query-status")?;
+        let capabilities = self.qmp("query-migrate-capabilities")?;
+        if state.trim() == "running"
+            && status["status"] == "running"
+            && capabilities == self.capabilities
+        {
+            return Ok(());
+        }
+        Err(failed(format_args!("not as found: {state:?}, {status}, {capabilities}")))
+    }
+
+    /// Destroys it.
+    pub fn finish(self) -> Result<()> {
+        self.assert_as_found()?;
+        self.virsh("destroy")?;
+        Ok(())
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        let _ = virsh(&["destroy", &self.uuid]);
+    }
+}
+
+/// A shell script that becomes this QEMU, without the `setpriv` before it.
+fn script(command: &Command) -> String {
+    let mut text = String::from("#!/bin/sh\n");
+    for (name, value) in command.get_envs() {
+        let value = value.unwrap_or_default();
+        text.push_str(&format!("export {}='{}'\n", name.display(), value.display()));
+    }
+    let words: Vec<String> =
+        command.get_args().skip(2).map(|word| format!("'{}'", word.display())).collect();
+    text.push_str(&format!("exec {} \"$@\"\n", words.join(" ")));
+    text
+}
