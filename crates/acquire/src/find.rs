@@ -86,6 +86,7 @@ impl Target {
             confidential: self.cmdline.confidential.clone(),
             through: self.through.clone(),
             shared: self.row.proxmox.is_some(),
+            reach: Vec::new(),
         }
     }
 }
@@ -222,6 +223,9 @@ impl Managers {
             self.proxmox.iter().find(|(pid, _)| *pid == row.pid).map(|(_, vm)| vm.clone());
         let find =
             |domains: &libvirt::Domains| domains.find(&row.name, row.uuid.as_deref()).cloned();
+        if let Some(vm) = &row.proxmox {
+            target.sockets = vec![PathBuf::from(&vm.monitor)];
+        }
         row.libvirt = find(&self.domains);
         if row.libvirt.is_none() && row.own_mounts && row.uuid.is_some() {
             // A libvirt in the same container.

@@ -23,13 +23,14 @@ use host::channel::{self, Channel, ChannelError};
 use host::clock::monotonic_ns;
 use qemu::facts::BlockTimes;
 use qemu::qmp::Change;
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use slices::Slices;
 use snapshot::Shot;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -151,13 +152,14 @@ fn is_stopped(run_state: &str) -> bool {
 
 /// Undoes what is announced in `undo` and not taken back; `None` when there is nothing.
 ///
-/// Only a VM that a `stop` of ours stopped is told to go on: one that runs, or ended, is left as it
+/// `reach` is as in [`Whom`]. Only a VM that a `stop` of ours stopped is told to go on: one that runs, or ended, is left as it
 /// is.
 ///
 /// # Errors
 /// QEMU could not be asked; what is announced stays announced.
 pub fn undo(
     undo: &mut Undo,
+    reach: &[(PathBuf, PathBuf)],
     monitor: &mut Option<Monitor>,
     notes: &Notes,
 ) -> Result<Option<Undone>, AskError> {
@@ -185,8 +187,17 @@ pub fn undo(
                 Some(_) => {
                     let (accelerator, confidential) = (String::new(), None);
                     let (pid, shared) = (target.pid, false);
-                    let whom =
-                        Whom { name, pid, sockets, accelerator, confidential, through, shared };
+                    let whom = Whom {
+                        name,
+                        pid,
+                        sockets,
+                        accelerator,
+                        confidential,
+                        through,
+                        shared,
+                        // `recover` needs none, and a guardian has got them.
+                        reach: reach.to_vec(),
+                    };
                     let monitor = match monitor {
                         Some(monitor) => monitor,
                         None => monitor.insert(Monitor::open(&whom, notes)?),
@@ -248,6 +259,8 @@ struct Keeper {
     channel: Channel,
     undo: Undo,
     whom: Whom,
+    /// Directories that [`Whom::reach`] goes by.
+    _doors: Vec<OwnedFd>,
     capture: Process,
     monitor: Option<Monitor>,
     notes: Notes,
@@ -271,19 +284,24 @@ impl Keeper {
         let Ask::Begin { whom, target, capture: who, undo: path } = begin else {
             return Err("not asked to begin".to_owned());
         };
-        let fd = channel.receive_fds(1, PROMPT).map_err(|e| e.to_string())?.pop();
-        let mut undo_file = Undo::of(fd.ok_or("no undo file")?, path);
+        let mut whom = *whom;
+        let foreign = whom.foreign();
+        let fds = channel.receive_fds(1 + foreign.len(), PROMPT).map_err(|e| e.to_string())?;
+        let mut fds = fds.into_iter();
+        let mut undo_file = Undo::of(fds.next().ok_or("no undo file")?, path);
+        let doors: Vec<OwnedFd> = fds.collect();
+        whom.reach = foreign.into_iter().zip(&doors).map(through_door).collect();
         let capture = who.open();
         let in_force = host::sandbox::guardian().map_err(|e| e.to_string())?;
         let mut monitor = None;
         let Some(capture) = capture else {
             // It ended while we began, and perhaps because the one before us was lost.
-            finish(&mut undo_file, &mut monitor, &notes, true);
+            finish(&mut undo_file, &whom.reach, &mut monitor, &notes, true);
             return Err("the process that reads is gone".to_owned());
         };
         let until = Instant::now() + CONT;
         let undone = loop {
-            match undo(&mut undo_file, &mut monitor, &notes) {
+            match undo(&mut undo_file, &whom.reach, &mut monitor, &notes) {
                 // QEMU may still serve the connection of a guardian before us.
                 Err(_) if Instant::now() < until => {
                     monitor = None;
@@ -307,7 +325,8 @@ impl Keeper {
         let mut keeper = Self {
             channel,
             undo: undo_file,
-            whom: *whom,
+            whom,
+            _doors: doors,
             capture,
             monitor,
             notes,
@@ -354,7 +373,7 @@ impl Keeper {
             let Ok(ask) = role::hear::<Ask>(&mut self.channel, within) else { break };
             let reply = match ask {
                 Ask::Bye => {
-                    finish(&mut self.undo, &mut self.monitor, &self.notes, true);
+                    finish(&mut self.undo, &self.whom.reach, &mut self.monitor, &self.notes, true);
                     let _ = self.answer(Ok(Reply::Done));
                     return ExitCode::SUCCESS;
                 }
@@ -370,7 +389,7 @@ impl Keeper {
         }
         // While capture lives the file is its claim to the VM.
         let gone = !self.capture.alive();
-        finish(&mut self.undo, &mut self.monitor, &self.notes, gone);
+        finish(&mut self.undo, &self.whom.reach, &mut self.monitor, &self.notes, gone);
         ExitCode::SUCCESS
     }
 
@@ -616,10 +635,16 @@ fn announce(undo: &mut Undo, line: &Line) -> Result<(), AskError> {
 
 /// Undoes what is still to be undone, however long QEMU takes; then takes the file away, unless
 /// somebody still needs it.
-fn finish(undo_file: &mut Undo, monitor: &mut Option<Monitor>, notes: &Notes, remove: bool) {
+fn finish(
+    undo_file: &mut Undo,
+    reach: &[(PathBuf, PathBuf)],
+    monitor: &mut Option<Monitor>,
+    notes: &Notes,
+    remove: bool,
+) {
     let mut pause = Duration::from_millis(20);
     // Of ptrace there is nothing to undo once capture is gone; a VM that is gone is none.
-    while undo(undo_file, monitor, notes).is_err() {
+    while undo(undo_file, reach, monitor, notes).is_err() {
         *monitor = None;
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_secs(1));
@@ -1017,14 +1042,35 @@ enum Begin {
 
 type Begun = (Peer, manifest::Process, Option<Undone>);
 
+/// The directory that a socket of another process's file system lies in; some other one when it is not
+/// there any more, in which the socket is not found.
+fn door(socket: &Path) -> io::Result<OwnedFd> {
+    let open = |path: &Path| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty())
+    };
+    Ok(open(socket.parent().unwrap_or(socket)).or_else(|_| open(Path::new("/proc/self/fdinfo")))?)
+}
+
+/// How a socket is reached by its directory.
+fn through_door((socket, door): (PathBuf, &OwnedFd)) -> (PathBuf, PathBuf) {
+    let directory = Path::new("/proc/self/fd").join(door.as_raw_fd().to_string());
+    let reach = directory.join(socket.file_name().unwrap_or_default());
+    (socket, reach)
+}
+
 /// Starts a guardian process and waits until it has undone what there was.
 fn begin(whom: &Whom, target: Who, capture: Who, undo: &Undo, log: &Log) -> Result<Begun, Begin> {
     let failed = |error: &dyn std::error::Error| Begin::Start(told(error));
     let mut peer = Peer::start(Role::Guardian).map_err(|e| failed(&e))?;
+    let doors: io::Result<Vec<OwnedFd>> = whom.foreign().iter().map(|path| door(path)).collect();
     let (whom, path) = (Box::new(whom.clone()), undo.path().to_owned());
     let begin = Ask::Begin { whom, target, capture, undo: path };
     peer.say(&begin, PROMPT).map_err(|e| failed(&e))?;
-    peer.channel().send_fds(&[undo.as_fd()]).map_err(|e| failed(&e))?;
+    let doors = doors.map_err(|e| failed(&e))?;
+    let fds: Vec<BorrowedFd<'_>> =
+        std::iter::once(undo.as_fd()).chain(doors.iter().map(AsFd::as_fd)).collect();
+    peer.channel().send_fds(&fds).map_err(|e| failed(&e))?;
     let Answer { notes, reply } = peer.hear(LOOK).map_err(|e| failed(&e))?;
     log.add_notes(notes);
     match reply {

@@ -22,6 +22,9 @@ const ONE_OF_SEVERAL: Duration = Duration::from_secs(1);
 /// How long the only one may take.
 const ONLY_ONE: Duration = Duration::from_secs(4);
 
+/// So many directories are passed on at most; QEMU has one monitor or two.
+const MAX_FOREIGN: usize = 6;
+
 /// How long a query may take. QEMU answers in its main loop, which a slow disk can block.
 pub const QUERY: Duration = Duration::from_secs(10);
 
@@ -47,6 +50,24 @@ pub struct Whom {
     /// Others need the monitor too: it is given back after each question.
     #[serde(default)]
     pub shared: bool,
+    /// Where sockets are reached that cannot be reached by their paths; see [`Whom::foreign`].
+    #[serde(skip)]
+    pub reach: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Whom {
+    /// The sockets that lie in what another process sees as its file system. Only who may trace that
+    /// process gets there: whoever may not is given their directories.
+    pub fn foreign(&self) -> Vec<PathBuf> {
+        let libvirt = self.through.iter().map(|domain| PathBuf::from(&domain.socket));
+        let all = self.sockets.iter().cloned().chain(libvirt);
+        all.filter(|path| path.starts_with("/proc")).take(MAX_FOREIGN).collect()
+    }
+
+    fn reach<'a>(&'a self, path: &'a Path) -> &'a Path {
+        let mut known = self.reach.iter().filter(|(its, _)| its == path);
+        known.next().map_or(path, |(_, reach)| reach.as_path())
+    }
 }
 
 /// Why QEMU could not be asked. Goes from process to process: the causes are in the texts.
@@ -151,7 +172,7 @@ impl Monitor {
     /// [`AskError::Monitor`], within 5 seconds unless the VM has more than four monitors.
     pub fn open(whom: &Whom, notes: &Notes) -> Result<Self, AskError> {
         if let Some(domain) = &whom.through {
-            return through(domain, notes).map_err(AskError::Monitor);
+            return through(whom, domain, notes).map_err(AskError::Monitor);
         }
         let wait = match whom.sockets.as_slice() {
             [] => {
@@ -165,14 +186,14 @@ impl Monitor {
                 let cannot = |error: String| {
                     AskError::Monitor(format!("the monitor cannot be used: {error}"))
                 };
-                let qmp = connect(path, ONLY_ONE, notes).map_err(|e| cannot(told(&e)))?;
+                let qmp = connect(whom, path, ONLY_ONE, notes).map_err(|e| cannot(told(&e)))?;
                 return identified(qmp, whom.pid).map_err(AskError::Monitor);
             }
             _ => ONE_OF_SEVERAL,
         };
         let mut tried = Vec::new();
         for path in &whom.sockets {
-            let found = connect(path, wait, notes)
+            let found = connect(whom, path, wait, notes)
                 .map_err(|error| told(&error))
                 .and_then(|qmp| identified(qmp, whom.pid));
             match found {
@@ -400,12 +421,13 @@ fn identified(qmp: Qmp, pid: u32) -> Result<Monitor, String> {
 
 /// The monitor of a domain, through libvirt. Whose it is, libvirt says, and QEMU must agree: the kernel
 /// shows only libvirt.
-fn through(known: &LibvirtDomain, notes: &Notes) -> Result<Monitor, String> {
+fn through(whom: &Whom, known: &LibvirtDomain, notes: &Notes) -> Result<Monitor, String> {
     let place = format!("libvirt's {}", known.socket);
     let fail = |error: &dyn std::error::Error| format!("{place}: {}", told(error));
     let wanted = known.domain().ok_or_else(|| format!("{place}: no UUID: {:?}", known.uuid))?;
-    let mut libvirt =
-        Libvirt::connect(Path::new(&known.socket), &known.uri, ONLY_ONE).map_err(|e| fail(&e))?;
+    let socket = Path::new(&known.socket);
+    let libvirt = Libvirt::connect_by(socket, whom.reach(socket), &known.uri, ONLY_ONE);
+    let mut libvirt = libvirt.map_err(|e| fail(&e))?;
     let domain = libvirt.domain(wanted.uuid, ONLY_ONE).map_err(|e| fail(&e))?;
     if domain.id != wanted.id {
         return Err(format!(
@@ -422,8 +444,8 @@ fn through(known: &LibvirtDomain, notes: &Notes) -> Result<Monitor, String> {
     Ok(Monitor { qmp, skipped: Vec::new(), events: Vec::new() })
 }
 
-fn connect(path: &Path, wait: Duration, notes: &Notes) -> Result<Qmp, QmpError> {
-    Qmp::connect_with(path, wait, Some(transcript(notes)))
+fn connect(whom: &Whom, path: &Path, wait: Duration, notes: &Notes) -> Result<Qmp, QmpError> {
+    Qmp::connect_with(path, whom.reach(path), wait, Some(transcript(notes)))
 }
 
 /// Writes every command into the journal.

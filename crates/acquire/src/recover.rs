@@ -181,7 +181,7 @@ fn put_right(mut undo: Undo, force: bool) -> Recovered {
         );
         return told(&path, left.begin.as_ref(), text, false, false);
     }
-    match guardian::undo(&mut undo, &mut None, &Notes::default()) {
+    match guardian::undo(&mut undo, &[], &mut None, &Notes::default()) {
         Ok(undone) => {
             undo.remove();
             let nothing = || "nothing was held".to_owned();

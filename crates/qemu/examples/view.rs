@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let path = std::env::args_os().nth(1).ok_or("usage: view SOCKET")?;
     let mut qmp = Qmp::connect_with(
         Path::new(&path),
+        Path::new(&path),
         WAIT,
         Some(Box::new(|exchange| {
             if let Some(error) = exchange.error {

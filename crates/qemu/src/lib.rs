@@ -28,6 +28,7 @@ pub mod qmp;
 pub mod ramblock;
 pub mod stream;
 pub mod text;
+mod unix;
 pub mod view;
 
 pub use cmdline::CommandLine;

@@ -13,8 +13,8 @@ mod xdr;
 
 use crate::deadline::Deadline;
 use crate::text::Excerpt;
+use crate::unix::{self, Failed};
 use packet::{Header, Inbox, Kind, PacketError, Status};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io;
@@ -282,6 +282,7 @@ pub const SESSION: &str = "qemu:///session";
 pub struct Libvirt {
     stream: UnixStream,
     path: PathBuf,
+    reach: PathBuf,
     inbox: Inbox,
     serial: u32,
     /// Serials of calls that timed out: their late answers are dropped.
@@ -297,10 +298,25 @@ impl Libvirt {
     /// # Errors
     /// [`LibvirtError`].
     pub fn connect(path: &Path, uri: &str, timeout: Duration) -> Result<Self, LibvirtError> {
+        Self::connect_by(path, path, uri, timeout)
+    }
+
+    /// As [`Libvirt::connect`]; the socket is reached at `reach`, as where it lies is seen otherwise from
+    /// here.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn connect_by(
+        path: &Path,
+        reach: &Path,
+        uri: &str,
+        timeout: Duration,
+    ) -> Result<Self, LibvirtError> {
         let deadline = Deadline::new(timeout);
-        let stream = connect(path, deadline)?;
+        let stream = connect(reach, deadline)?;
         let read_only = path.to_string_lossy().ends_with("-ro");
-        Self::open(stream, path, uri, read_only, deadline)
+        let libvirt = Self::open(stream, path, uri, read_only, deadline)?;
+        Ok(Self { reach: reach.to_owned(), ..libvirt })
     }
 
     /// Speaks over a connected stream; `path` is what errors call it.
@@ -326,6 +342,7 @@ impl Libvirt {
         let mut libvirt = Self {
             stream,
             path: path.to_owned(),
+            reach: path.to_owned(),
             inbox: Inbox::default(),
             serial: 0,
             given_up: BTreeSet::new(),
@@ -357,6 +374,11 @@ impl Libvirt {
     /// The socket's path.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where it is reached from here.
+    pub fn reach(&self) -> &Path {
+        &self.reach
     }
 
     /// libvirt's version: major, minor, release.
@@ -684,32 +706,9 @@ fn event(payload: &[u8]) -> Result<MonitorEvent, XdrError> {
     Ok(event)
 }
 
-/// Connects without ever blocking for longer than is left.
 fn connect(path: &Path, deadline: Deadline) -> Result<UnixStream, LibvirtError> {
-    let fail = |errno: rustix::io::Errno| LibvirtError::Connect {
-        path: path.to_owned(),
-        cause: errno.into(),
-    };
-    let address = SocketAddrUnix::new(path).map_err(fail)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .map_err(fail)?;
-    loop {
-        match rustix::net::connect(&socket, &address) {
-            Ok(()) => break,
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(fail(errno)),
-        }
-        match deadline.left() {
-            Some(left) => std::thread::sleep(left.min(Duration::from_millis(20))),
-            None => {
-                let waited = deadline.length;
-                return Err(LibvirtError::Timeout { doing: "connect", waited });
-            }
-        }
-    }
-    let stream = UnixStream::from(socket);
-    let fail = |cause| LibvirtError::Connect { path: path.to_owned(), cause };
-    stream.set_nonblocking(false).map_err(fail)?;
-    Ok(stream)
+    unix::connect(path, deadline).map_err(|failed| match failed {
+        Failed::Os(errno) => LibvirtError::Connect { path: path.to_owned(), cause: errno.into() },
+        Failed::Full => LibvirtError::Timeout { doing: "connect", waited: deadline.length },
+    })
 }

@@ -11,11 +11,8 @@ use crate::deadline::Deadline;
 use crate::frame::{FrameError, Framer};
 use crate::libvirt::{Domain, Libvirt, LibvirtError};
 use crate::text::Excerpt;
-use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType,
-};
+use crate::unix::{self, Failed};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -35,9 +32,6 @@ pub const MAX_EVENTS: usize = 16_384;
 
 /// Pause between two tries to reach a libvirt that was lost.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Pause between two tries to connect while the listen queue is full.
-const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 
 /// The QMP commands that this crate sends. All of them are queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -476,20 +470,22 @@ impl Qmp {
     /// [`QmpError::Busy`] when the connection is made (or the listen queue is full) but no byte of
     /// a greeting comes; any other variant but `Refused` and `Shape` as it says.
     pub fn connect(path: &Path, deadline: Duration) -> Result<Self, QmpError> {
-        Self::connect_with(path, deadline, None)
+        Self::connect_with(path, path, deadline, None)
     }
 
-    /// As [`Qmp::connect`]; `transcript` is told of every command, the first one too.
+    /// As [`Qmp::connect`]; the socket is reached at `reach`, as where it lies is seen otherwise from
+    /// here, and `transcript` is told of every command, the first one too.
     ///
     /// # Errors
     /// As [`Qmp::connect`].
     pub fn connect_with(
         path: &Path,
+        reach: &Path,
         deadline: Duration,
         transcript: Option<Transcript>,
     ) -> Result<Self, QmpError> {
         let deadline = Deadline::new(deadline);
-        let stream = connect_unix(path, deadline)?;
+        let stream = connect_unix(reach, deadline)?;
         Self::greet(stream, path, deadline, transcript)
     }
 
@@ -873,10 +869,11 @@ impl Passage {
 
     /// Connects anew to a libvirt that was lost, and finds the domain again: the same, running since.
     fn reconnect(&mut self, doing: &'static str, deadline: Deadline) -> Result<(), QmpError> {
-        let (path, uri) = (self.libvirt.path().to_owned(), self.uri.clone());
+        let (path, reach) = (self.libvirt.path().to_owned(), self.libvirt.reach().to_owned());
         loop {
             let left = deadline.left().unwrap_or_default();
-            let found = Libvirt::connect(&path, &uri, left).and_then(|mut libvirt| {
+            let found = Libvirt::connect_by(&path, &reach, &self.uri, left);
+            let found = found.and_then(|mut libvirt| {
                 let domain = libvirt.domain(self.domain.uuid, left)?;
                 // Events are lost, and those to come are wanted.
                 libvirt.listen(&domain, left).map(|()| (libvirt, domain))
@@ -1152,23 +1149,9 @@ fn show(message: &Map<String, Value>) -> String {
     serde_json::to_string(message).unwrap_or_default()
 }
 
-/// Connects without ever blocking: a listen queue that is full makes a blocking connect wait for
-/// as long as the other clients like.
 fn connect_unix(path: &Path, deadline: Deadline) -> Result<UnixStream, QmpError> {
-    let failed = |errno: Errno| QmpError::Connect { path: path.into(), source: errno.into() };
-    let address = SocketAddrUnix::new(path).map_err(failed)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-        .map_err(failed)?;
-    loop {
-        match rustix::net::connect(&socket, &address) {
-            Ok(()) => return Ok(UnixStream::from(socket)),
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(errno) => return Err(failed(errno)),
-        }
-        match deadline.left() {
-            Some(left) => std::thread::sleep(left.min(CONNECT_PAUSE)),
-            None => return Err(QmpError::Busy { path: path.into(), waited: deadline.length }),
-        }
-    }
+    unix::connect(path, deadline).map_err(|failed| match failed {
+        Failed::Os(errno) => QmpError::Connect { path: path.into(), source: errno.into() },
+        Failed::Full => QmpError::Busy { path: path.into(), waited: deadline.length },
+    })
 }

@@ -10,6 +10,7 @@ mod holds;
 mod kills;
 mod libvirt;
 mod live;
+mod managers;
 mod outer;
 mod pmemsave;
 mod run;
@@ -39,6 +40,7 @@ pub(crate) fn all() -> Vec<Test> {
         disk::TESTS,
         pmemsave::TESTS,
         libvirt::TESTS,
+        managers::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,
