@@ -192,9 +192,9 @@ impl Contained {
         let until = Instant::now() + Duration::from_secs(20);
         while contained.pid == 0 {
             let is_qemu = |pid: &u32| proc::command_line(*pid).contains("qemu-system");
-            let named = proc::with_argument("only-here.sock").into_iter();
+            let mut named = proc::with_argument("only-here.sock").into_iter();
             let is_it = |pid: &u32| is_qemu(pid) && !proc::command_line(*pid).contains("setpriv");
-            contained.pid = named.filter(is_it).next_back().unwrap_or(0);
+            contained.pid = named.rfind(is_it).unwrap_or(0);
             assert!(Instant::now() < until, "no QEMU in the container");
             sleep(Duration::from_millis(20));
         }
@@ -220,8 +220,8 @@ fn a_qemu_in_a_container_is_imaged(lab: &Lab) -> Result<()> {
     let contained = Contained::start(lab)?;
     assert!(!Path::new("/mnt/only-here.sock").exists(), "void: it is seen from outside");
     let list = lab.tool(["list", "--json"])?.expect_code(0)?.stdout;
-    let rows = list.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let row = rows.filter(|row| row["pid"] == contained.pid).next_back();
+    let mut rows = list.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let row = rows.find(|row| row["pid"] == contained.pid);
     let row = row.ok_or_else(|| failed(format_args!("not listed: {list}")))?;
     assert_eq!([&row["name"], &row["own_mounts"]], [&json!("contained"), &json!(true)]);
     for (method, flags, class) in [
