@@ -75,7 +75,7 @@ enum Ask {
     /// Give QEMU a file to copy memory into; it comes behind.
     SlicesBegin,
     /// Have QEMU copy guest-physical memory into it.
-    Slice { gpa: u64, len: u64 },
+    Slice { gpa: u64, len: u64, fd: u32 },
     /// Take the file back.
     SlicesEnd,
     /// Give the monitor to others.
@@ -179,7 +179,7 @@ pub fn undo(
         line => {
             let what = match line {
                 Line::Snapshot { .. } => "snapshot",
-                Line::Slices { .. } => "slices",
+                Line::Slices => "slices",
                 _ => "stop",
             };
             let text = match target.open() {
@@ -206,7 +206,7 @@ pub fn undo(
                         Line::Snapshot { found, begun, let_be, .. } => {
                             snapshot::put_back(monitor, &found, begun, let_be)?
                         }
-                        Line::Slices { set } => slices::take_back(monitor, set)?,
+                        Line::Slices => slices::take_back(monitor)?,
                         _ => go_on(monitor)?,
                     }
                 }
@@ -422,7 +422,7 @@ impl Keeper {
             Ask::Snapshot { budget_ns } => self.snapshot(budget_ns).map(|()| Reply::Done),
             Ask::SnapshotEnd { whole } => self.end_snapshot(whole).map(Reply::Shot),
             Ask::SlicesBegin => self.begin_slices().map(|()| Reply::Done),
-            Ask::Slice { gpa, len } => self.slice(gpa, len),
+            Ask::Slice { gpa, len, fd } => self.slice(gpa, len, fd),
             Ask::SlicesEnd => self.end_slices().map(|()| Reply::Done),
             Ask::Leave => {
                 self.monitor = None;
@@ -560,11 +560,11 @@ impl Keeper {
         Ok(())
     }
 
-    fn slice(&mut self, gpa: u64, len: u64) -> Result<Reply, AskError> {
+    fn slice(&mut self, gpa: u64, len: u64, fd: u32) -> Result<Reply, AskError> {
         let (Some(monitor), Some(slices)) = (&mut self.monitor, &self.slices) else {
             return Err(AskError::Query("QEMU has no file to copy memory into".to_owned()));
         };
-        slices.copy(monitor, gpa, len).map(|took_ns| Reply::Sliced { took_ns })
+        slices.copy(monitor, gpa, len, fd).map(|took_ns| Reply::Sliced { took_ns })
     }
 
     fn end_slices(&mut self) -> Result<(), AskError> {
@@ -895,13 +895,13 @@ impl Guardian {
         self.ask_with(&Ask::SlicesBegin, &[file], QUERY + PROMPT).map(drop)
     }
 
-    /// Has QEMU copy `len` bytes of RAM from guest-physical `gpa` on into the file; how long it took,
-    /// in nanoseconds.
+    /// Has QEMU copy `len` bytes of RAM from guest-physical `gpa` on into the file, which is its
+    /// descriptor `fd`; how long it took, in nanoseconds.
     ///
     /// # Errors
     /// [`GuardianError`].
-    pub fn slice(&mut self, gpa: u64, len: u64) -> Result<u64, GuardianError> {
-        match self.ask(&Ask::Slice { gpa, len }, QUERY + PROMPT)? {
+    pub fn slice(&mut self, gpa: u64, len: u64, fd: u32) -> Result<u64, GuardianError> {
+        match self.ask(&Ask::Slice { gpa, len, fd }, QUERY + PROMPT)? {
             Reply::Sliced { took_ns } => Ok(took_ns),
             other => self.out_of_turn(&other),
         }
@@ -1009,7 +1009,7 @@ impl Guardian {
                 let text = format!("QEMU's settings of migration may not be put back: {error}");
                 self.not_as_found = Some(text);
             }
-            Some(Line::Slices { .. }) => {
+            Some(Line::Slices) => {
                 let text = format!("QEMU may still hold a file of ours open: {error}");
                 self.not_as_found = Some(text);
             }

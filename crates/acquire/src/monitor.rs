@@ -307,14 +307,6 @@ impl Monitor {
         self.qmp.pass(name, fd, QUERY).map_err(|error| AskError::Query(told(&error)))
     }
 
-    /// Gives QEMU a copy of `fd`, alone in the set number `set`; the copy's number there.
-    ///
-    /// # Errors
-    /// [`AskError::Query`].
-    pub fn pass_as_set(&mut self, set: u64, fd: BorrowedFd<'_>) -> Result<u32, AskError> {
-        self.qmp.pass_as_set(set, fd, QUERY).map_err(|error| AskError::Query(told(&error)))
-    }
-
     /// As [`Monitor::change`], done so often that it stands in no journal by itself.
     ///
     /// # Errors

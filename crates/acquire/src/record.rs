@@ -493,8 +493,8 @@ pub fn slices_change(slices: &manifest::Slices) -> Change {
     let ms = slices.longest_ns.div_ceil(1_000_000);
     let by = match slices.by {
         SliceWay::Pmemsave => {
-            "QEMU was given a file of ours in memory (add-fd), copied the guest's memory into it with \
-             pmemsave, and gave it back (remove-fd)"
+            "QEMU was given a file of ours in memory (getfd), copied the guest's memory into it with \
+             pmemsave, and gave it back (closefd)"
         }
         SliceWay::MemoryPeek => {
             "libvirt had QEMU copy the guest's memory with pmemsave (DOMAIN_MEMORY_PEEK) into files on the \

@@ -131,7 +131,7 @@ fn deadline(held: &Line) -> Option<u64> {
         Line::Ptrace { until_ns, .. }
         | Line::Stop { until_ns }
         | Line::Snapshot { until_ns, .. } => Some(*until_ns),
-        Line::Begin { .. } | Line::Slices { .. } | Line::Free => None,
+        Line::Begin { .. } | Line::Slices | Line::Free => None,
     }
 }
 

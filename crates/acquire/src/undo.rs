@@ -94,10 +94,7 @@ pub enum Line {
         until_ns: u64,
     },
     /// QEMU is about to be given a file of ours to copy memory into.
-    Slices {
-        /// Number of the set of descriptors that it will be in.
-        set: u64,
-    },
+    Slices,
     /// Nothing is held any more.
     Free,
 }

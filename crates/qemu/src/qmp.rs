@@ -1,8 +1,8 @@
 //! A blocking client for QEMU's monitor protocol, with a deadline on everything.
 //!
-//! Only the members of [`Command`] and [`Hmp`], all of them queries, those of [`Change`], `getfd`
-//! ([`Qmp::pass`]) and `add-fd` ([`Qmp::pass_as_set`]) can be sent: a command that changes a guest has to
-//! be added there, where a reviewer sees it.
+//! Only the members of [`Command`] and [`Hmp`], all of them queries, those of [`Change`], and `getfd`
+//! ([`Qmp::pass`]) can be sent: a command that changes a guest has to be added there, where a reviewer
+//! sees it.
 //!
 //! The peer is not trusted: the length of a message, the number of events and each wait are
 //! bounded, ids are checked, and after a breach of protocol the connection is not used again.
@@ -139,8 +139,6 @@ pub enum Change {
         /// The file, which QEMU truncates first.
         file: String,
     },
-    /// `remove-fd`: takes back a set that [`Qmp::pass_as_set`] made.
-    RemoveFdSet(u64),
 }
 
 impl Change {
@@ -154,7 +152,6 @@ impl Change {
             Self::MigrateToFd(_) => "migrate",
             Self::MigrateCancel => "migrate_cancel",
             Self::Pmemsave { .. } => "pmemsave",
-            Self::RemoveFdSet(_) => "remove-fd",
         }
     }
 
@@ -168,7 +165,6 @@ impl Change {
             Self::Pmemsave { gpa, len, file } => {
                 json!({ "val": gpa, "size": len, "filename": file })
             }
-            Self::RemoveFdSet(set) => json!({ "fdset-id": set }),
         }
     }
 }
@@ -662,29 +658,6 @@ impl Qmp {
         let arguments = json!({ "fdname": name });
         let deadline = Deadline::new(timeout);
         self.run_with("getfd", arguments, Once::Sent, Some(fd), deadline).map(drop)
-    }
-
-    /// `add-fd`: gives QEMU a copy of `fd`, alone in the set number `set`, which must not be there yet;
-    /// the copy's number among QEMU's descriptors. Taken back by [`Change::RemoveFdSet`].
-    ///
-    /// # Errors
-    /// As [`Qmp::pass`]; [`QmpError::Shape`] when it came into another set.
-    pub fn pass_as_set(
-        &mut self,
-        set: u64,
-        fd: BorrowedFd<'_>,
-        timeout: Duration,
-    ) -> Result<u32, QmpError> {
-        const ADD: &str = "add-fd";
-        let arguments = json!({ "fdset-id": set });
-        let deadline = Deadline::new(timeout);
-        let answer = self.run_with(ADD, arguments, Once::Sent, Some(fd), deadline)?;
-        let number = |key: &str| answer.get(key).and_then(Value::as_u64);
-        let fd = number("fd").and_then(|fd| u32::try_from(fd).ok());
-        fd.filter(|_| number("fdset-id") == Some(set)).ok_or_else(|| QmpError::Shape {
-            command: ADD,
-            what: format!("no descriptor in set {set}: {:?}", Excerpt::new(&answer.to_string())),
-        })
     }
 
     /// From here on commands are told to the transcript, or not: a question that is asked many times a

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use lab::{Backing, Doing, Guest, Lab, Result, Version, failed, here, runner};
+use lab::{Backing, Doing, Guest, Lab, Result, Ring, Version, failed, here, runner};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -34,7 +34,7 @@ fn files_of_ours(guest: &Guest) -> Result<Vec<String>> {
     let fds = fs::read_dir(format!("/proc/{}/fd", guest.pid()))?.flatten();
     let links = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
     let links = links.map(|link| link.to_string_lossy().into_owned());
-    Ok(links.filter(|link| link.contains("stillframe")).collect())
+    Ok(links.filter(|link| link.starts_with("/memfd:stillframe")).collect())
 }
 
 /// The record of QEMU's slices, which must be one that can be true.
@@ -122,7 +122,7 @@ fn holes_are_not_asked_for(lab: &Lab) -> Result<()> {
 }
 
 fn a_slice_over_the_budget_makes_the_next_ones_smaller(lab: &Lab) -> Result<()> {
-    let guest = lab.guest().memory_mib(128).boot()?;
+    let guest = lab.guest().ring(Ring::pair(32)).boot()?;
     // No question to QEMU is answered so soon.
     let exhibit = acquire(lab, &guest, METHOD, &["--stall-budget", "0ms"])?;
     let slices = slices(&exhibit)?;

@@ -2,7 +2,9 @@
 //! it on and keeps no copy: what comes into it, only capture reads.
 //!
 //! QEMU opens the file anew for each slice, by its own `/proc/self/fd`: so it needs no path that both
-//! see, and it does not matter in which mount namespace or under which user QEMU runs.
+//! see, and it does not matter in which mount namespace or under which user QEMU runs. Which number it
+//! has there, capture sees. It is passed by `getfd`: what `add-fd` passed, QEMU closes only while its
+//! guest runs (monitor/fds.c, `monitor_fdset_cleanup`).
 
 use crate::monitor::{AskError, Monitor, QUERY};
 use crate::undo::{Line, Undo};
@@ -10,17 +12,12 @@ use host::clock::monotonic_ns;
 use qemu::qmp::Change;
 use std::os::fd::{AsFd, OwnedFd};
 
+/// What QEMU knows it by.
+const FD: &str = "stillframe-slice";
+
 /// The file, as QEMU has it.
 #[derive(Debug)]
-pub(super) struct Slices {
-    set: u64,
-    /// QEMU's name for it.
-    path: String,
-}
-
-/// Sets are numbered by whoever makes them; libvirt counts from 0. So ours lie far off, in the middle of
-/// what QEMU's number can be.
-const SETS: u64 = 1 << 40;
+pub(super) struct Slices(());
 
 impl Slices {
     /// Gives `file` to QEMU.
@@ -32,19 +29,24 @@ impl Slices {
         undo: &mut Undo,
         file: &OwnedFd,
     ) -> Result<Self, AskError> {
-        let set = SETS + (host::random::seed() & (SETS - 1));
-        super::announce(undo, &Line::Slices { set })?;
-        let fd = monitor.pass_as_set(set, file.as_fd())?;
-        Ok(Self { set, path: format!("/proc/self/fd/{fd}") })
+        super::announce(undo, &Line::Slices)?;
+        monitor.pass(FD, file.as_fd())?;
+        Ok(Self(()))
     }
 
-    /// Has QEMU copy; how long it took, in nanoseconds.
+    /// Has QEMU copy into its descriptor `fd`; how long it took, in nanoseconds.
     ///
     /// # Errors
     /// [`AskError`].
-    pub(super) fn copy(&self, monitor: &mut Monitor, gpa: u64, len: u64) -> Result<u64, AskError> {
+    pub(super) fn copy(
+        &self,
+        monitor: &mut Monitor,
+        gpa: u64,
+        len: u64,
+        fd: u32,
+    ) -> Result<u64, AskError> {
         let began_ns = monotonic_ns();
-        let change = Change::Pmemsave { gpa, len, file: self.path.clone() };
+        let change = Change::Pmemsave { gpa, len, file: format!("/proc/self/fd/{fd}") };
         monitor.change_untold(&change, QUERY)?;
         Ok(monotonic_ns().saturating_sub(began_ns))
     }
@@ -54,7 +56,7 @@ impl Slices {
     /// # Errors
     /// [`AskError`]: it stays announced.
     pub(super) fn end(self, monitor: &mut Monitor, undo: &mut Undo) -> Result<(), AskError> {
-        monitor.change(&Change::RemoveFdSet(self.set), QUERY)?;
+        monitor.change(&Change::CloseFd(FD.to_owned()), QUERY)?;
         super::announce(undo, &Line::Free)
     }
 }
@@ -63,11 +65,12 @@ impl Slices {
 ///
 /// # Errors
 /// [`AskError`]: to be tried again.
-pub(super) fn take_back(monitor: &mut Monitor, set: u64) -> Result<String, AskError> {
-    let text = "QEMU had a file of ours open to copy memory into; it was taken back";
-    match monitor.change_unless_refused(&Change::RemoveFdSet(set), QUERY)? {
-        // It was announced, and not given; or QEMU has closed it itself.
+pub(super) fn take_back(monitor: &mut Monitor) -> Result<String, AskError> {
+    match monitor.change_unless_refused(&Change::CloseFd(FD.to_owned()), QUERY)? {
+        None => {
+            Ok("QEMU had a file of ours open to copy memory into; it was taken back".to_owned())
+        }
+        // It was announced, and not given; or QEMU's monitor was closed, and the file with it.
         Some(why) => Ok(format!("QEMU has no file of ours open any more ({why})")),
-        None => Ok(text.to_owned()),
     }
 }

@@ -21,12 +21,14 @@ use evidence::block::index;
 use evidence::manifest::{SliceWay, Slices};
 use evidence::record::Span;
 use evidence::{GuestRange, PAGE, PageState};
+use host::Process;
+use host::process::Fd;
 use qemu::libvirt::{Domain, Libvirt, LibvirtError};
 use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -117,7 +119,7 @@ pub fn pmemsave(
     }
     let way = match (planned.by, through) {
         (SliceWay::MemoryPeek, Some(domain)) => libvirt(domain),
-        _ => file(guardian),
+        _ => file(work.source.process(), guardian),
     };
     let way = match way {
         Ok(way) => way,
@@ -183,18 +185,29 @@ fn block(
 
 /// How a slice comes to us.
 enum Way<'a> {
-    /// In a file of ours that QEMU has too.
-    File { guardian: &'a mut Guardian, file: File },
+    /// In a file of ours that QEMU has too, as its descriptor `fd`.
+    File { guardian: &'a mut Guardian, file: File, fd: u32 },
     /// From libvirt.
     Libvirt { libvirt: Libvirt, domain: Domain },
 }
 
-/// Gives QEMU a file in memory.
-fn file(guardian: &mut Guardian) -> Result<Way<'_>, SliceError> {
+/// Gives QEMU a file in memory, and sees which of QEMU's descriptors it is.
+fn file<'a>(process: &Process, guardian: &'a mut Guardian) -> Result<Way<'a>, SliceError> {
+    let make = |cause: io::Error| SliceError::Make(cause);
     let file = rustix::fs::memfd_create("stillframe-slice", MemfdFlags::CLOEXEC);
-    let file = file.map(File::from).map_err(|errno| SliceError::Make(errno.into()))?;
+    let file = file.map(File::from).map_err(|errno| make(errno.into()))?;
+    let meta = file.metadata().map_err(make)?;
     guardian.begin_slices(file.as_fd()).map_err(SliceError::Pass)?;
-    Ok(Way::File { guardian, file })
+    let fds = process.fds().map_err(|error| make(io::Error::other(told(&error))))?;
+    let is_it = |fd: &&Fd| (fd.file.dev, fd.file.inode) == (meta.dev(), meta.ino());
+    match fds.iter().find(is_it) {
+        Some(fd) => Ok(Way::File { guardian, file, fd: fd.number }),
+        None => {
+            // Taken back at once; whatever comes of that, the guardian does so in the end.
+            let _ = guardian.end_slices();
+            Err(make(io::Error::other("QEMU does not show the descriptor that it was given")))
+        }
+    }
 }
 
 /// A connection to libvirt, and the domain there: the one that the guardian asks.
@@ -214,9 +227,9 @@ impl Way<'_> {
     /// Fills `buf` with QEMU's copy of `at`; how long that took, in nanoseconds.
     fn slice(&mut self, at: GuestRange, buf: &mut [u8]) -> Result<u64, SliceError> {
         match self {
-            Self::File { guardian, file } => {
+            Self::File { guardian, file, fd } => {
                 let took_ns = guardian
-                    .slice(at.start(), at.len())
+                    .slice(at.start(), at.len(), *fd)
                     .map_err(|cause| SliceError::Ask { at, cause })?;
                 let read = |cause| SliceError::Read { at, cause };
                 let got = file.metadata().map_err(read)?.len();
