@@ -10,6 +10,7 @@ use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use lab::{Doing, Guest, Lab, Qmp, Result, Version, failed, here, proc, runner, skipped};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::exhibit::Exhibit;
@@ -116,7 +117,7 @@ fn run(lab: &Lab, vm: &str, method: &str, flags: &[&str]) -> Result<Exhibit> {
 }
 
 fn proxmox_gets_its_monitor_all_the_time(lab: &Lab) -> Result<()> {
-    let mut guest = lab.guest().memory_mib(160).boot()?;
+    let mut guest = lab.guest().memory_mib(224).boot()?;
     guest.plant_noise(96, 7)?;
     let _proxmox = Proxmox::of(&guest, "name: web\n")?;
     let list = lab.tool(["list", "--json"])?.expect_code(0)?.stdout;
@@ -211,6 +212,9 @@ impl Contained {
 
 impl Drop for Contained {
     fn drop(&mut self) {
+        // The kernel forgets that it shall end with its parent when it becomes another user.
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        let _ = pid.map(|pid| kill_process(pid, Signal::KILL));
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
     }
