@@ -4,7 +4,7 @@
 // Helpers of tests are tests: a panic is their verdict.
 #![allow(clippy::unwrap_used)]
 
-use qemu::libvirt::{Domain, Libvirt, LibvirtError, SESSION, SYSTEM, sockets};
+use qemu::libvirt::{Domain, Libvirt, LibvirtError, RunState, SESSION, SYSTEM, State, sockets};
 use qemu::qmp::{Change, Command};
 use qemu::{Qmp, QmpError};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -150,7 +150,7 @@ fn domains_are_listed_and_described() {
     assert_eq!(domains[0], ab());
     assert_eq!(domains[1].uuid_text(), "07070707-0707-0707-0707-070707070707");
     assert_eq!(libvirt.version(LONG).unwrap(), (9, 0, 123));
-    assert_eq!(libvirt.state(&ab(), LONG).unwrap(), (3, 1));
+    assert_eq!(libvirt.state(&ab(), LONG).unwrap(), State { state: RunState::Paused, reason: 1 });
     assert_eq!(libvirt.xml(&ab(), LONG).unwrap(), "<domain/>");
 }
 
