@@ -57,6 +57,9 @@ const ACTIVE: u32 = 1;
 /// way.
 const JSON: u32 = 0;
 
+/// How long libvirt may take to see us off.
+const GOODBYE: Duration = Duration::from_millis(250);
+
 /// Events of domains' lives (`VIR_DOMAIN_EVENT_ID_LIFECYCLE`).
 const LIFECYCLE: i32 = 0;
 
@@ -183,6 +186,9 @@ pub const NO_DOMAIN: i32 = 42;
 /// `VIR_ERR_OPERATION_INVALID`: the domain is not in a state for it, such as one that runs for its
 /// resumption.
 pub const OPERATION_INVALID: i32 = 55;
+
+/// `VIR_ERR_OPERATION_TIMEOUT`: another job kept the domain for 30 s.
+pub const OPERATION_TIMEOUT: i32 = 68;
 
 /// A domain, as libvirt names it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -311,8 +317,9 @@ impl Libvirt {
         let deadline = Deadline::new(timeout);
         let stream = connect(reach, deadline)?;
         let read_only = path.to_string_lossy().ends_with("-ro");
-        let libvirt = Self::open(stream, path, uri, read_only, deadline)?;
-        Ok(Self { reach: reach.to_owned(), ..libvirt })
+        let mut libvirt = Self::open(stream, path, uri, read_only, deadline)?;
+        reach.clone_into(&mut libvirt.reach);
+        Ok(libvirt)
     }
 
     /// As [`Libvirt::connect`], only to look: nothing that changes a domain can be sent, nor anything to
@@ -372,6 +379,7 @@ impl Libvirt {
                 other => other.to_string(),
             };
             let methods = methods.iter().map(word).collect::<Vec<_>>().join(", ");
+            libvirt.usable = false;
             return Err(LibvirtError::Authentication { path: path.to_owned(), methods });
         }
         let open = |e: &mut Encoder| {
@@ -566,6 +574,10 @@ impl Libvirt {
     /// libvirt's own dump of the domain's memory: it stops the domain, has QEMU write to what it opens at
     /// `to` on the daemon's side (truncated; made if need be, by and for root or QEMU's user), and lets the
     /// domain run on if it ran. `bypass_cache` opens a file with O_DIRECT.
+    ///
+    /// `to` may be a FIFO whose other end is held here: then nothing of the guest is written to a disk (seen
+    /// with libvirt 9.0.0). A reader that leaves ends the dump, and the domain runs on; one that hangs keeps
+    /// the domain stopped.
     ///
     /// After a [`LibvirtError::Timeout`] it goes on: [`Libvirt::abort_job`] on another connection ends it.
     ///
@@ -858,6 +870,13 @@ impl Libvirt {
             }
             Kind::Call | Kind::CallWithFds => Err(breach("libvirt calls us".to_owned())),
         }
+    }
+}
+
+/// libvirt writes an error into its log for each client that leaves without a word.
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        let _ = self.ask(Procedure::ConnectClose, |_| {}, |_| Ok(()), GOODBYE);
     }
 }
 

@@ -9,7 +9,9 @@
 
 use crate::deadline::Deadline;
 use crate::frame::{FrameError, Framer};
-use crate::libvirt::{Domain, Libvirt, LibvirtError};
+use crate::libvirt::{
+    Domain, Libvirt, LibvirtError, OPERATION_INVALID, OPERATION_TIMEOUT, Procedure,
+};
 use crate::queue::{self, Queue};
 use crate::text::Excerpt;
 use crate::unix::{self, Failed};
@@ -116,9 +118,11 @@ impl Command {
 /// The commands that change a guest or its QEMU, each with what takes it back.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
-    /// `stop`: stops the guest's CPUs and its clock, then flushes its disks. Taken back by `cont`.
+    /// `stop`, through libvirt DOMAIN_SUSPEND: stops the guest's CPUs and its clock, then flushes its disks.
+    /// Taken back by `cont`.
     Stop,
-    /// `cont`: only ever for a guest that [`Change::Stop`], or a snapshot of ours, stopped.
+    /// `cont`, through libvirt DOMAIN_RESUME: only ever for a guest that [`Change::Stop`], or a snapshot of
+    /// ours, stopped.
     Cont,
     /// `migrate-set-capabilities`: taken back by itself, with what was found before.
     SetCapabilities(Vec<Capability>),
@@ -637,14 +641,44 @@ impl Qmp {
 
     /// Changes the guest, and waits until QEMU says that it is done.
     ///
-    /// # Errors
     /// Through libvirt the guest is stopped and let go on by libvirt's own calls: so it knows why the
     /// domain stands, and takes the leases of its disks back, which it does not after a passed `cont`.
     ///
+    /// # Errors
     /// As [`Qmp::execute`]; after [`QmpError::Timeout`] QEMU may still carry it out.
     pub fn change(&mut self, change: &Change, timeout: Duration) -> Result<(), QmpError> {
         let deadline = Deadline::new(timeout);
+        match (&self.wire, change) {
+            (Wire::Libvirt(_), Change::Stop) => return self.suspend(deadline),
+            (Wire::Libvirt(_), Change::Cont) => return self.resume(deadline),
+            _ => {}
+        }
         self.run_with(change.word(), change.arguments(), Once::Sent, None, deadline).map(drop)
+    }
+
+    fn suspend(&mut self, deadline: Deadline) -> Result<(), QmpError> {
+        let word = Procedure::Suspend.word();
+        self.run_with(word, json!({}), Once::Suspended, None, deadline).map(drop)
+    }
+
+    /// The guest must run again: half the time is for libvirt's own call, which waits for a job that is
+    /// under way or knows the domain as running, the rest for QEMU's. Any other refusal stands: who cannot
+    /// have a disk's lease back must not write to the disk.
+    fn resume(&mut self, deadline: Deadline) -> Result<(), QmpError> {
+        let (word, cont) = (Procedure::Resume.word(), Change::Cont.word());
+        let first = Deadline::new(deadline.left().unwrap_or_default() / 2);
+        let resumed = self.run_with(word, json!({}), Once::Resumed, None, first);
+        let is_qemus = match &resumed {
+            Err(QmpError::Timeout { .. }) => true,
+            Err(QmpError::Libvirt { cause, .. }) => {
+                matches!(cause.code(), Some(OPERATION_INVALID | OPERATION_TIMEOUT))
+            }
+            _ => false,
+        };
+        if is_qemus {
+            return self.run_with(cont, json!({}), Once::Sent, None, deadline).map(drop);
+        }
+        resumed.map(drop)
     }
 
     /// `getfd`: gives QEMU a copy of `fd` under `name`, which replaces one of that name. Taken back
@@ -804,6 +838,10 @@ enum Once {
     Never,
     /// It changes something: again only if it was surely not sent.
     Sent,
+    /// The same, and it is libvirt's call for QEMU's `stop`.
+    Suspended,
+    /// The same, and it is libvirt's call for QEMU's `cont`.
+    Resumed,
 }
 
 impl Passage {
@@ -820,7 +858,14 @@ impl Passage {
         let line = json!({ "execute": doing, "arguments": arguments }).to_string();
         loop {
             let left = deadline.left().unwrap_or_default();
-            let answer = self.libvirt.monitor(&self.domain, &line, fd, left);
+            let (libvirt, domain) = (&mut self.libvirt, &self.domain);
+            let done =
+                |done: Result<(), LibvirtError>| done.map(|()| r#"{"return":{}}"#.to_owned());
+            let answer = match once {
+                Once::Suspended => done(libvirt.suspend(domain, left)),
+                Once::Resumed => done(libvirt.resume(domain, left)),
+                Once::Never | Once::Sent => libvirt.monitor(domain, &line, fd, left),
+            };
             self.hand_out(doing, events)?;
             match answer {
                 Ok(text) => {

@@ -4,7 +4,10 @@
 // Helpers of tests are tests: a panic is their verdict.
 #![allow(clippy::unwrap_used)]
 
-use qemu::libvirt::{Domain, Libvirt, LibvirtError, RunState, SESSION, SYSTEM, State, sockets};
+use qemu::libvirt::{
+    ControlState, Domain, DumpFormat, Feature, Libvirt, LibvirtError, Lifecycle, RunState, SESSION,
+    SYSTEM, State, sockets,
+};
 use qemu::qmp::{Change, Command};
 use qemu::{Qmp, QmpError};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -155,6 +158,113 @@ fn domains_are_listed_and_described() {
 }
 
 #[test]
+fn what_needs_no_monitor_is_asked_of_libvirt() {
+    let mut libvirt = client(|peer| {
+        assert_eq!(peer.answer(&domain("a b", 4)).payload, string("a b"));
+        assert_eq!(peer.answer(&domain("a b", 4)).payload, numbers(&[4]));
+        let wide = |n: u64| n.to_be_bytes().to_vec();
+        let info = [numbers(&[1]), wide(2048), wide(1024), numbers(&[3]), wide(5_000_000_000)];
+        assert_eq!(peer.answer(&info.concat()).payload, domain("a b", 4));
+        peer.answer(&[numbers(&[2, 0]), wide(1500)].concat());
+        peer.answer(&7_002_022u64.to_be_bytes());
+        assert_eq!(peer.answer(&numbers(&[1])).payload, numbers(&[8]));
+    });
+    assert_eq!(libvirt.domain_named("a b", LONG).unwrap(), ab());
+    assert_eq!(libvirt.domain_numbered(4, LONG).unwrap(), ab());
+    let info = libvirt.info(&ab(), LONG).unwrap();
+    assert_eq!((info.state, info.cpus), (RunState::Running, 3));
+    assert_eq!((info.max_memory_kib, info.memory_kib), (2048, 1024));
+    assert_eq!(info.cpu_time, Duration::from_secs(5));
+    let control = libvirt.control(&ab(), LONG).unwrap();
+    assert_eq!(
+        (control.state, control.since),
+        (ControlState::Occupied, Duration::from_millis(1500))
+    );
+    assert_eq!(libvirt.hypervisor_version(LONG).unwrap(), (7, 2, 22));
+    assert!(libvirt.supports(Feature::FdPassing, LONG).unwrap());
+}
+
+#[test]
+fn a_connection_that_looks_sends_nothing_else() {
+    let (_dir, path) = listening(vec![Box::new(|peer| {
+        // What came after the opening is the goodbye.
+        assert_eq!(peer.answer(&[]).procedure, 2);
+    })]);
+    let mut libvirt = Libvirt::connect_to_look(&path, SYSTEM, LONG).unwrap();
+    assert!(libvirt.is_read_only());
+    assert_eq!(libvirt.peer().unwrap().pid, Some(std::process::id()));
+    let refused = [
+        libvirt.peek(&ab(), 0, 8, LONG).map(drop),
+        libvirt.suspend(&ab(), LONG),
+        libvirt.resume(&ab(), LONG),
+        libvirt.abort_job(&ab(), LONG),
+        libvirt.listen(&ab(), LONG).map(drop),
+        libvirt.core_dump(&ab(), Path::new("/x"), DumpFormat::Elf, false, LONG),
+    ];
+    for error in refused.map(Result::unwrap_err) {
+        assert!(matches!(error, LibvirtError::ReadOnly { .. }) && error.is_unsent(), "{error}");
+    }
+}
+
+#[test]
+fn a_dump_is_of_memory_only_and_goes_to_a_whole_path() {
+    let mut libvirt = client(|peer| {
+        let plain = peer.answer(&[]);
+        assert_eq!(plain.payload, [domain("a b", 4), string("/run/x"), numbers(&[0, 16])].concat());
+        assert!(peer.answer(&[]).payload.ends_with(&numbers(&[1, 20])));
+        drop(peer.answer(&[]));
+    });
+    let dump = |libvirt: &mut Libvirt, to: &str, format, bypass| {
+        libvirt.core_dump(&ab(), Path::new(to), format, bypass, LONG)
+    };
+    dump(&mut libvirt, "/run/x", DumpFormat::Elf, false).unwrap();
+    let error = dump(&mut libvirt, "x", DumpFormat::Elf, false).unwrap_err();
+    assert!(matches!(error, LibvirtError::Relative { .. }), "{error}");
+    dump(&mut libvirt, "/run/x", DumpFormat::KdumpZlib, true).unwrap();
+    libvirt.abort_job(&ab(), LONG).unwrap();
+}
+
+#[test]
+fn lives_of_domains_are_told() {
+    let mut libvirt = client(|peer| {
+        assert_eq!(
+            peer.answer(&numbers(&[5])).payload,
+            [numbers(&[0, 1]), domain("a b", 4)].concat()
+        );
+        for (what, detail) in [(3, 0), (4, 1), (77, 2)] {
+            let event = [numbers(&[5]), domain("a b", 4), numbers(&[what, detail])].concat();
+            peer.send([REMOTE, 1, 318, 2, 0, 0], &event);
+        }
+        assert_eq!(peer.answer(&[]).payload, numbers(&[5]));
+    });
+    let watch = libvirt.watch(Some(&ab()), LONG).unwrap();
+    libvirt.poll_events(LONG).unwrap();
+    libvirt.unwatch(&watch, LONG).unwrap();
+    let told = libvirt.take_lifecycle();
+    let what: Vec<_> = told.iter().map(|event| (event.what, event.detail)).collect();
+    assert_eq!(
+        what,
+        [(Lifecycle::Suspended, 0), (Lifecycle::Resumed, 1), (Lifecycle::Other(77), 2)]
+    );
+    assert_eq!(told[0].domain, ab());
+    assert!(libvirt.take_events().is_empty());
+}
+
+#[test]
+fn few_long_events_are_too_much_too() {
+    let mut libvirt = client(|peer| {
+        peer.call();
+        let data = format!("\"{}\"", "x".repeat(3 << 20));
+        for _ in 0..8 {
+            peer.event("X", Some(&data));
+        }
+    });
+    let error = libvirt.domain([7; 16], LONG).unwrap_err();
+    assert!(matches!(error, LibvirtError::Protocol { .. }), "{error}");
+    assert!(error.to_string().contains("16777216 bytes of them"), "{error}");
+}
+
+#[test]
 fn a_refusal_has_libvirts_words_and_the_next_call_works() {
     let mut libvirt = client(|peer| {
         let call = peer.call();
@@ -251,11 +361,48 @@ fn qmp_goes_through_libvirt() {
         ("STOP", 5, 6)
     );
     assert_eq!(events[1].data, json!({ "a": 1 }));
-    let error = qmp.change(&Change::Cont, LONG).unwrap_err();
+    let error = qmp.change(&Change::CloseFd("x".into()), LONG).unwrap_err();
     assert!(matches!(error, QmpError::Refused { .. }), "{error}");
     let error = qmp.execute(Command::QueryStatus, json!({}), LONG).unwrap_err();
     assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
     assert!(matches!(qmp.hmp(qemu::qmp::Hmp::InfoRamblock, LONG), Err(QmpError::Broken)));
+}
+
+/// Refuses the next call with this code.
+fn refuse(peer: &mut Peer, code: u32) -> Call {
+    let call = peer.call();
+    let text = [numbers(&[code, 10, 1]), string("no"), numbers(&[2, 0, 0, 0, 0, 1, 2, 0])].concat();
+    peer.send([call.program, 1, call.procedure, 1, call.serial, 1], &text);
+    call
+}
+
+#[test]
+fn a_domain_is_stopped_by_libvirts_own_call_and_goes_on_by_it_or_qemus() {
+    let mut qmp = through(|peer| {
+        assert_eq!(peer.answer(&[]).procedure, 34);
+        assert_eq!(peer.answer(&[]).procedure, 28);
+        // Another job has the domain.
+        assert_eq!(refuse(peer, 68).procedure, 28);
+        assert!(peer.json(r#"{"return":{}}"#).contains(r#""execute":"cont""#));
+        // libvirt does not answer in time.
+        let late = peer.call();
+        assert!(peer.json(r#"{"return":{}}"#).contains(r#""execute":"cont""#));
+        peer.reply(&late, &[]);
+        // The lease of a disk is another host's now.
+        assert_eq!(refuse(peer, 87).procedure, 28);
+        assert_eq!(refuse(peer, 55).procedure, 34);
+    });
+    qmp.change(&Change::Stop, LONG).unwrap();
+    qmp.change(&Change::Cont, LONG).unwrap();
+    qmp.change(&Change::Cont, LONG).unwrap();
+    qmp.change(&Change::Cont, Duration::from_secs(2)).unwrap();
+    for change in [Change::Cont, Change::Stop] {
+        let error = qmp.change(&change, LONG).unwrap_err();
+        assert!(
+            matches!(&error, QmpError::Libvirt { cause: LibvirtError::Refused { .. }, .. }),
+            "{error}"
+        );
+    }
 }
 
 #[test]

@@ -18,6 +18,8 @@ pub enum Procedure {
     AuthList,
     /// `REMOTE_PROC_CONNECT_OPEN`
     ConnectOpen,
+    /// `REMOTE_PROC_CONNECT_CLOSE`
+    ConnectClose,
     /// `REMOTE_PROC_CONNECT_SUPPORTS_FEATURE`
     SupportsFeature,
     /// `REMOTE_PROC_CONNECT_GET_LIB_VERSION`
@@ -71,6 +73,7 @@ impl Procedure {
         match self {
             Self::AuthList => "AUTH_LIST",
             Self::ConnectOpen => "CONNECT_OPEN",
+            Self::ConnectClose => "CONNECT_CLOSE",
             Self::SupportsFeature => "CONNECT_SUPPORTS_FEATURE",
             Self::LibVersion => "CONNECT_GET_LIB_VERSION",
             Self::HypervisorVersion => "CONNECT_GET_VERSION",
@@ -101,6 +104,7 @@ impl Procedure {
         match self {
             Self::AuthList => (REMOTE, 66),
             Self::ConnectOpen => (REMOTE, 1),
+            Self::ConnectClose => (REMOTE, 2),
             Self::SupportsFeature => (REMOTE, 60),
             Self::LibVersion => (REMOTE, 157),
             Self::HypervisorVersion => (REMOTE, 4),
@@ -132,6 +136,7 @@ impl Procedure {
         match self {
             Self::AuthList
             | Self::ConnectOpen
+            | Self::ConnectClose
             | Self::SupportsFeature
             | Self::LibVersion
             | Self::HypervisorVersion
