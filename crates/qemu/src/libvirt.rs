@@ -873,10 +873,16 @@ impl Libvirt {
     }
 }
 
-/// libvirt writes an error into its log for each client that leaves without a word.
+/// libvirt writes an error into its log for each client that leaves first.
 impl Drop for Libvirt {
     fn drop(&mut self) {
-        let _ = self.ask(Procedure::ConnectClose, |_| {}, |_| Ok(()), GOODBYE);
+        const DOING: &str = "leaving";
+        let deadline = Deadline::new(GOODBYE);
+        let mut seen_off = self.call(Procedure::ConnectClose, |_| {}, |_| Ok(()), deadline);
+        // It is libvirt that closes then, once it has said the last that it had to say.
+        while seen_off.is_ok() {
+            seen_off = self.receive(DOING, deadline).map(drop);
+        }
     }
 }
 

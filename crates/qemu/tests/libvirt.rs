@@ -1,8 +1,11 @@
 //! The libvirt client against peers that lie, hang and leave, and QMP through it. The peers are threads
-//! at the other end of a socket that write packets by hand; the real libvirtd is the lab's.
+//! at the other end of a socket that write packets by hand, or those that a real libvirtd wrote once
+//! (`tests/libvirtd.rs`).
 #![forbid(unsafe_code)]
 // Helpers of tests are tests: a panic is their verdict.
 #![allow(clippy::unwrap_used)]
+
+mod conversation;
 
 use qemu::libvirt::{
     ControlState, Domain, DumpFormat, Feature, Libvirt, LibvirtError, Lifecycle, RunState, SESSION,
@@ -135,6 +138,32 @@ fn through(script: impl FnOnce(&mut Peer) + Send + 'static) -> Qmp {
         script(peer);
     });
     Qmp::through(libvirt, SYSTEM, ab(), LONG, None).unwrap()
+}
+
+/// The other side of the conversation that was kept: each call must be the one that was made then.
+fn repeat(mut stream: UnixStream) {
+    let kept = std::fs::read_to_string(conversation::KEPT).unwrap();
+    for (number, line) in kept.lines().enumerate() {
+        let (mark, hex) = line.split_at(2);
+        let digits = hex.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).unwrap());
+        let packet: Vec<u8> = digits.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect();
+        if mark == "< " {
+            stream.write_all(&packet).unwrap();
+            continue;
+        }
+        let mut call = vec![0; packet.len()];
+        stream.read_exact(&mut call).unwrap();
+        assert_eq!(call, packet, "packet {number}");
+    }
+}
+
+#[test]
+fn what_libvirt_9_said_is_understood() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let libvirt = std::thread::spawn(move || repeat(theirs));
+    let said = conversation::hold(ours);
+    libvirt.join().unwrap();
+    insta::assert_snapshot!(said.join("\n"));
 }
 
 #[test]
