@@ -37,6 +37,11 @@ pub use procedure::Procedure;
 pub use state::{ControlInfo, ControlState, Info, RunState, State};
 pub use xdr::XdrError;
 
+/// Ways to prove who one is (`remote_auth_type`).
+const AUTH_NONE: i32 = 0;
+const AUTH_SASL: i32 = 1;
+const AUTH_POLKIT: i32 = 2;
+
 /// Domains that a list may hold (`REMOTE_DOMAIN_LIST_MAX`).
 const MAX_DOMAINS: usize = 16_384;
 
@@ -80,7 +85,7 @@ pub enum LibvirtError {
         #[source]
         cause: io::Error,
     },
-    /// libvirt wants to know more of us than the kernel tells it.
+    /// libvirt wants to know more of us than the kernel tells it, or polkit.
     #[error("libvirt's socket {} asks for authentication ({methods}), which is not offered here", path.display())]
     Authentication {
         /// The socket.
@@ -369,19 +374,8 @@ impl Libvirt {
             lifecycle: Queue::default(),
             usable: true,
         };
-        let methods =
-            libvirt.call(Procedure::AuthList, |_| {}, |d| d.array(20, Decoder::i32), deadline)?;
-        // Root is asked for nothing (`remoteDispatchAuthList`).
-        if !methods.contains(&0) {
-            let word = |method: &i32| match method {
-                1 => "SASL".to_owned(),
-                2 => "polkit".to_owned(),
-                other => other.to_string(),
-            };
-            let methods = methods.iter().map(word).collect::<Vec<_>>().join(", ");
-            libvirt.usable = false;
-            return Err(LibvirtError::Authentication { path: path.to_owned(), methods });
-        }
+        let authenticated = libvirt.authenticate(deadline);
+        libvirt.poison(authenticated)?;
         let open = |e: &mut Encoder| {
             e.optional(Some(uri), |e, uri| {
                 e.bytes(uri.as_bytes());
@@ -390,6 +384,29 @@ impl Libvirt {
         };
         libvirt.call(Procedure::ConnectOpen, open, |_| Ok(()), deadline)?;
         Ok(libvirt)
+    }
+
+    /// Root is asked for nothing (`remoteDispatchAuthList`). Of other users libvirt asks polkit: stock
+    /// hosts let all of them look, and those of the group `libvirt` do everything.
+    fn authenticate(&mut self, deadline: Deadline) -> Result<(), LibvirtError> {
+        let methods =
+            self.call(Procedure::AuthList, |_| {}, |d| d.array(20, Decoder::i32), deadline)?;
+        if methods.contains(&AUTH_NONE) {
+            return Ok(());
+        }
+        if methods.contains(&AUTH_POLKIT) {
+            let complete = self.call(Procedure::AuthPolkit, |_| {}, |d| d.i32(), deadline)?;
+            if complete == 1 {
+                return Ok(());
+            }
+        }
+        let word = |method: &i32| match *method {
+            AUTH_SASL => "SASL".to_owned(),
+            AUTH_POLKIT => "polkit".to_owned(),
+            other => other.to_string(),
+        };
+        let methods = methods.iter().map(word).collect::<Vec<_>>().join(", ");
+        Err(LibvirtError::Authentication { path: self.path.clone(), methods })
     }
 
     /// The socket's path.

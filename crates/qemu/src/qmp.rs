@@ -316,9 +316,9 @@ impl QmpError {
             Self::Closed { .. } | Self::Connect { .. } | Self::Io { .. } => Outcome::Lost,
             Self::Protocol { .. } | Self::Shape { .. } | Self::Broken => Outcome::Breach,
             Self::Libvirt { cause, .. } => match cause {
-                LibvirtError::Refused { .. } | LibvirtError::Authentication { .. } => {
-                    Outcome::Refused
-                }
+                LibvirtError::Refused { .. }
+                | LibvirtError::Authentication { .. }
+                | LibvirtError::ReadOnly { .. } => Outcome::Refused,
                 LibvirtError::Timeout { .. } => Outcome::TimedOut,
                 LibvirtError::Protocol { .. } | LibvirtError::Broken => Outcome::Breach,
                 _ => Outcome::Lost,

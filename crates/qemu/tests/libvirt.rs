@@ -310,15 +310,37 @@ fn a_refusal_has_libvirts_words_and_the_next_call_works() {
     assert_eq!(libvirt.domain([7; 16], LONG).unwrap(), ab());
 }
 
-#[test]
-fn whoever_wants_a_password_is_told_from_who_wants_none() {
+/// Connects to a peer that asks for these ways to prove who one is, and goes on with `script`.
+fn asked_for(
+    methods: &'static [u32],
+    script: impl FnOnce(&mut Peer) + Send + 'static,
+) -> Result<Libvirt, LibvirtError> {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    std::thread::spawn(move || drop(Peer(theirs).answer(&numbers(&[2, 1, 2]))));
-    let error = Libvirt::over(ours, Path::new("/peer"), SYSTEM, LONG).unwrap_err();
-    assert!(
-        matches!(&error, LibvirtError::Authentication { methods, .. } if methods == "SASL, polkit"),
-        "{error}"
-    );
+    std::thread::spawn(move || {
+        let mut peer = Peer(theirs);
+        let count = u32::try_from(methods.len()).unwrap();
+        peer.answer(&[numbers(&[count]), numbers(methods)].concat());
+        script(&mut peer);
+        let _ = peer.0.read_to_end(&mut Vec::new());
+    });
+    Libvirt::over(ours, Path::new("/peer"), SYSTEM, LONG)
+}
+
+#[test]
+fn whoever_wants_a_password_is_told_from_who_asks_polkit() {
+    let methods = |result: Result<Libvirt, LibvirtError>| match result.unwrap_err() {
+        LibvirtError::Authentication { methods, .. } => methods,
+        other => panic!("{other}"),
+    };
+    assert_eq!(methods(asked_for(&[1, 7], |_| ())), "SASL, 7");
+    assert_eq!(methods(asked_for(&[2], |peer| drop(peer.answer(&numbers(&[0]))))), "polkit");
+    let denied = asked_for(&[2], |peer| assert_eq!(refuse(peer, 94).procedure, 70));
+    assert_eq!(denied.unwrap_err().code(), Some(94));
+    let allowed = asked_for(&[2], |peer| {
+        peer.answer(&numbers(&[1]));
+        assert_eq!(peer.answer(&[]).procedure, 1);
+    });
+    allowed.unwrap();
 }
 
 #[test]

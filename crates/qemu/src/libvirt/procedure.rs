@@ -16,6 +16,8 @@ pub(super) const LIFECYCLE_EVENT: u32 = 318;
 pub enum Procedure {
     /// `REMOTE_PROC_AUTH_LIST`
     AuthList,
+    /// `REMOTE_PROC_AUTH_POLKIT`
+    AuthPolkit,
     /// `REMOTE_PROC_CONNECT_OPEN`
     ConnectOpen,
     /// `REMOTE_PROC_CONNECT_CLOSE`
@@ -72,6 +74,7 @@ impl Procedure {
     pub fn word(self) -> &'static str {
         match self {
             Self::AuthList => "AUTH_LIST",
+            Self::AuthPolkit => "AUTH_POLKIT",
             Self::ConnectOpen => "CONNECT_OPEN",
             Self::ConnectClose => "CONNECT_CLOSE",
             Self::SupportsFeature => "CONNECT_SUPPORTS_FEATURE",
@@ -103,6 +106,7 @@ impl Procedure {
     pub(super) fn number(self) -> (u32, u32) {
         match self {
             Self::AuthList => (REMOTE, 66),
+            Self::AuthPolkit => (REMOTE, 70),
             Self::ConnectOpen => (REMOTE, 1),
             Self::ConnectClose => (REMOTE, 2),
             Self::SupportsFeature => (REMOTE, 60),
@@ -135,6 +139,7 @@ impl Procedure {
     pub(super) fn only_reads(self) -> bool {
         match self {
             Self::AuthList
+            | Self::AuthPolkit
             | Self::ConnectOpen
             | Self::ConnectClose
             | Self::SupportsFeature
