@@ -2,7 +2,8 @@
 //! one, is not touched, and nothing is left.
 //!
 //! ```text
-//! apt-get install -y --no-install-recommends libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
+//! apt-get install -y --no-install-recommends libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
+//!     libvirt-daemon-system polkitd dbus
 //! cargo test -p stillframe-qemu --test libvirtd -- --ignored
 //! ```
 //!
@@ -16,14 +17,15 @@ mod conversation;
 use conversation::{KEPT, NAME, UUID};
 use qemu::facts::Facts;
 use qemu::libvirt::{
-    DumpFormat, Libvirt, LibvirtError, Lifecycle, MAX_PEEK, RunState, SYSTEM, State,
+    DumpFormat, Libvirt, LibvirtError, Lifecycle, MAX_PEEK, RunState, SESSION, SYSTEM, State,
+    sockets,
 };
 use qemu::qmp::Change;
 use qemu::{GuestView, Qmp, QmpError};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -41,13 +43,19 @@ for place in /run /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log; do
 done
 mkdir -p /run/lock /var/log/libvirt/qemu
 echo 'log_outputs = "3:file:/var/log/libvirt/libvirtd.log"' > /etc/libvirt/libvirtd.conf
+mkdir -p /run/dbus && dbus-daemon --system --fork
+/usr/lib/polkit-1/polkitd --no-debug &
+echo 'lock_manager = "lockd"' > /etc/libvirt/qemu.conf
+truncate -s 1M /var/lib/libvirt/disk.img
 virtlogd -d
+virtlockd -d
 while :; do libvirtd || true; sleep 0.3; done"#;
 
 const XML: &str = "<domain type='qemu'><name>web 07 &lt;веб&gt;</name>
 <uuid>3f2ad7c0-1111-4222-8333-444455556666</uuid><memory unit='MiB'>64</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/><apic/></features>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator><controller type='usb' model='none'/>
+<disk type='file' device='disk'><source file='/var/lib/libvirt/disk.img'/><target dev='vda'/></disk>
 <memballoon model='none'/></devices></domain>";
 
 /// A libvirtd with a domain, in namespaces that end with it.
@@ -107,6 +115,15 @@ impl Daemon {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
+    /// How many leases of the domain's disk virtlockd holds.
+    fn leases(&self) -> usize {
+        let disk = fs::metadata(self.at("/var/lib/libvirt/disk.img")).unwrap().ino();
+        let is_it = |pid: &u32| name_of(*pid) == "virtlockd";
+        let keeper = children(self.init).into_iter().find(is_it).unwrap();
+        let open = fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().flatten();
+        open.filter(|fd| fs::metadata(fd.path()).is_ok_and(|file| file.ino() == disk)).count()
+    }
+
     fn log(&self, name: &str) -> String {
         fs::read_to_string(self.at("/var/log/libvirt").join(name)).unwrap_or_default()
     }
@@ -154,6 +171,7 @@ fn a_real_libvirtd() {
     let daemon = Daemon::start();
     only_looking(&daemon);
     assert!(!daemon.is_tainted(), "by looking");
+    by_nobody(&daemon);
     without_a_monitor(&daemon);
     assert!(!daemon.is_tainted(), "by libvirt's own calls");
     kept(&daemon);
@@ -164,6 +182,28 @@ fn a_real_libvirtd() {
     let state = daemon.connect().state(&domain(&daemon), LONG).unwrap();
     assert_eq!(state.state, RunState::Running);
     daemon.virsh(&["destroy", NAME], "");
+}
+
+#[test]
+#[ignore = "needs root and libvirtd: cargo test -p stillframe-qemu --test libvirtd -- --ignored"]
+fn a_session_of_another_user() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--pdeathsig", "KILL"]);
+    command.args(["libvirtd", "--timeout", "60"]).stdout(Stdio::null()).stderr(Stdio::null());
+    for name in ["HOME", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"] {
+        command.env(name, dir.path());
+    }
+    let mut daemon = command.spawn().unwrap();
+    let (socket, uri) = sockets(Some(dir.path()), true).pop().unwrap();
+    let mut libvirt = waited(|| Libvirt::connect_to_look(&socket, uri, LONG).ok());
+    assert_eq!((uri, libvirt.peer().unwrap().uid), (SESSION, 65534));
+    assert_eq!(libvirt.domains(LONG).unwrap(), []);
+    assert!(libvirt.is_read_only());
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert!(libvirt.domains(LONG).unwrap_err().is_lost());
 }
 
 fn domain(daemon: &Daemon) -> qemu::libvirt::Domain {
@@ -192,6 +232,34 @@ fn only_looking(daemon: &Daemon) {
     }
     // Whoever leaves without a word is written about.
     assert!(!daemon.log("libvirtd.log").contains("End of file"), "{}", daemon.log("libvirtd.log"));
+}
+
+/// Set for the other user's part.
+const NOBODY: &str = "STILLFRAME_NOBODY";
+
+/// Another user is let in by polkit, to look.
+fn by_nobody(daemon: &Daemon) {
+    let mut command = Command::new("nsenter");
+    command.env(NOBODY, "1").args(["-t", &daemon.init.to_string(), "-m", "-p"]);
+    command.args(["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+    command.arg(std::env::current_exe().unwrap());
+    command.args(["--exact", "as_nobody", "--ignored", "--nocapture"]);
+    assert!(command.status().unwrap().success());
+}
+
+#[test]
+#[ignore = "a part of a_real_libvirtd, which starts it as another user"]
+fn as_nobody() {
+    if std::env::var_os(NOBODY).is_none() {
+        return;
+    }
+    let socket = Path::new("/run/libvirt/libvirt-sock");
+    let error = Libvirt::connect(socket, SYSTEM, LONG).unwrap_err();
+    println!("to do everything: {error}");
+    assert!(matches!(error, LibvirtError::Refused { .. }), "{error}");
+    let mut libvirt =
+        Libvirt::connect(Path::new("/run/libvirt/libvirt-sock-ro"), SYSTEM, LONG).unwrap();
+    assert_eq!(libvirt.domains(LONG).unwrap()[0].name, NAME);
 }
 
 fn without_a_monitor(daemon: &Daemon) {
@@ -297,10 +365,12 @@ fn passed(daemon: &Daemon, qmp: &mut Qmp) {
 
     libvirt.watch(Some(&domain), LONG).unwrap();
     qmp.take_events();
+    assert_eq!(daemon.leases(), 1);
     qmp.change(&Change::Stop, LONG).unwrap();
     assert!(!Facts::of(qmp, LONG).status().unwrap().running);
     let state = libvirt.state(&domain, LONG).unwrap();
     assert_eq!(state, State { state: RunState::Paused, reason: 1 });
+    assert_eq!(daemon.leases(), 0);
     qmp.change(&Change::Cont, LONG).unwrap();
     let mut events = Vec::new();
     while events.len() < 2 {
@@ -309,6 +379,7 @@ fn passed(daemon: &Daemon, qmp: &mut Qmp) {
     }
     let names: Vec<_> = events.iter().map(|event| event.name.as_str()).collect();
     assert_eq!(names, ["STOP", "RESUME"]);
+    assert_eq!(daemon.leases(), 1);
     println!("{events:?}");
     let mut lives = Vec::new();
     while lives.len() < 2 {

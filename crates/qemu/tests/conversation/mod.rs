@@ -28,7 +28,7 @@ pub(crate) fn hold(stream: UnixStream) -> Vec<String> {
     let mut said = Vec::new();
     let mut libvirt = Libvirt::over(stream, Path::new("/libvirt"), SYSTEM, LONG).unwrap();
     let domain = look(&mut libvirt, &mut said);
-    told(&mut said, "peek", libvirt.peek(&domain, FIRMWARE, 16, LONG));
+    told(&mut said, "peek", libvirt.peek(&domain, FIRMWARE, 8, LONG));
     let watch = libvirt.watch(Some(&domain), LONG).unwrap();
     libvirt.suspend(&domain, LONG).unwrap();
     told(&mut said, "suspended", libvirt.state(&domain, LONG));
