@@ -8,8 +8,8 @@
 mod conversation;
 
 use qemu::libvirt::{
-    ControlState, Domain, DumpFormat, Feature, Libvirt, LibvirtError, Lifecycle, RunState, SESSION,
-    SYSTEM, State, sockets,
+    ControlState, Domain, DumpFormat, Feature, Libvirt, LibvirtError, Lifecycle, MAX_EVENTS,
+    RunState, SESSION, SYSTEM, State, sockets,
 };
 use qemu::qmp::{Change, Command};
 use qemu::{Qmp, QmpError};
@@ -360,13 +360,18 @@ fn a_peek_gives_what_was_asked_for_or_nothing() {
 #[test]
 fn garbage_is_a_breach_and_ends_the_connection() {
     type Script = fn(&mut Peer);
-    let scripts: [(&str, Script); 7] = [
+    let scripts: [(&str, Script); 9] = [
         ("left over", |peer| drop(peer.answer(&[domain("a b", 4), numbers(&[1])].concat()))),
         ("too soon", |peer| drop(peer.answer(&numbers(&[3])))),
         ("16777216", |peer| drop(peer.0.write_all(&[1, 0, 0, 0]))),
         ("answer to call 99", |peer| peer.send([REMOTE, 1, 24, 1, 99, 0], &[])),
         ("calls us", |peer| peer.send([REMOTE, 1, 24, 0, 1, 0], &[])),
         ("kind 9", |peer| peer.send([REMOTE, 1, 24, 9, 1, 0], &[])),
+        ("bytes of", |peer| drop(peer.answer(&numbers(&[u32::MAX])))),
+        ("too soon", |peer| {
+            let call = peer.call();
+            peer.send([call.program, 1, call.procedure, 1, call.serial, 1], &[9; 7]);
+        }),
         ("an event", |peer| peer.send([QEMU, 1, 6, 2, 0, 0], &[1])),
     ];
     for (words, script) in scripts {
@@ -376,6 +381,27 @@ fn garbage_is_a_breach_and_ends_the_connection() {
         assert!(error.to_string().contains(words), "{words}: {error}");
         assert!(matches!(libvirt.domains(LONG), Err(LibvirtError::Broken)), "{words}");
     }
+}
+
+#[test]
+fn events_without_end_are_refused_and_others_end_in_time() {
+    let mut libvirt = client(|peer| {
+        peer.call();
+        for _ in 0..=MAX_EVENTS {
+            peer.event("X", None);
+        }
+    });
+    let error = libvirt.domain([7; 16], LONG).unwrap_err();
+    assert!(error.to_string().contains(&MAX_EVENTS.to_string()), "{error}");
+    // What nobody asked for is not kept.
+    let mut libvirt = client(|peer| {
+        peer.call();
+        let packet = [numbers(&[28]), numbers(&[REMOTE, 1, 999, 2, 0, 0])].concat();
+        while peer.0.write_all(&packet).is_ok() {}
+    });
+    let began = Instant::now();
+    let error = libvirt.domain([7; 16], SHORT).unwrap_err();
+    assert!(matches!(error, LibvirtError::Timeout { .. }) && began.elapsed() < LONG, "{error}");
 }
 
 #[test]
