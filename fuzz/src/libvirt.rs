@@ -4,7 +4,8 @@
 
 use qemu::Qmp;
 use qemu::facts::Facts;
-use qemu::libvirt::{Domain, Libvirt, SYSTEM};
+use qemu::libvirt::{Domain, Feature, Libvirt, MAX_EVENTS, SYSTEM};
+use qemu::qmp::Change;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -38,7 +39,8 @@ fn ask(mut libvirt: Libvirt, through: bool) {
         let Ok(mut qmp) = Qmp::through(libvirt, SYSTEM, domain, wait, None) else { return };
         let mut facts = Facts::of(&mut qmp, wait);
         let _ = (facts.status(), facts.name(), facts.migration());
-        qmp.take_events();
+        let _ = (qmp.change(&Change::Stop, wait), qmp.change(&Change::Cont, wait));
+        assert!(qmp.take_events().len() <= MAX_EVENTS);
         return;
     }
     let _ = (libvirt.version(WAIT), libvirt.domain([7; 16], WAIT), libvirt.state(&domain, WAIT));
@@ -49,8 +51,14 @@ fn ask(mut libvirt: Libvirt, through: bool) {
         assert_eq!(bytes.len(), 8);
     }
     let _ = libvirt.xml(&domain, WAIT);
+    let _ = (libvirt.info(&domain, WAIT), libvirt.control(&domain, WAIT));
+    let _ = libvirt.supports(Feature::FdPassing, WAIT);
+    if let Ok(watch) = libvirt.watch(Some(&domain), WAIT) {
+        let _ = (libvirt.poll_events(WAIT), libvirt.unwatch(&watch, WAIT));
+    }
     let _ = libvirt.poll_events(WAIT);
-    libvirt.take_events();
+    assert!(libvirt.take_events().len() <= MAX_EVENTS);
+    assert!(libvirt.take_lifecycle().len() <= MAX_EVENTS);
 }
 
 /// Whatever the peer says, only whole calls with ascending serials are sent to it.
@@ -91,6 +99,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let open = [reply(remote, 66, 1, &numbers(&[1, 0])), reply(remote, 1, 2, &[])].concat();
     let event = [numbers(&[3]), domain.clone(), string("STOP"), vec![0; 8], numbers(&[6, 0])];
     let event = packet([qemu, 1, 6, 2, 0, 0], &event.concat());
+    let life = [numbers(&[5]), domain.clone(), numbers(&[3, 0])].concat();
+    let life = packet([remote, 1, 318, 2, 0, 0], &life);
+    let info = [numbers(&[1]), vec![0; 16], numbers(&[1]), vec![0; 8]].concat();
     let direct = [
         open.clone(),
         reply(remote, 157, 3, &9_000_000u64.to_be_bytes()),
@@ -99,7 +110,14 @@ pub fn seeds() -> Vec<Vec<u8>> {
         reply(remote, 273, 6, &[numbers(&[1]), domain.clone(), numbers(&[1])].concat()),
         reply(remote, 104, 7, &string("abcdefgh")),
         reply(remote, 14, 8, &string("<domain/>")),
+        reply(remote, 16, 9, &info),
+        reply(remote, 229, 10, &[numbers(&[0, 0]), vec![0; 8]].concat()),
+        reply(remote, 60, 11, &numbers(&[1])),
+        reply(remote, 316, 12, &numbers(&[5])),
+        life,
+        reply(remote, 317, 13, &[]),
         event.clone(),
+        reply(remote, 2, 14, &[]),
     ];
     let version = r#"{"return":{"qemu":{"micro":2,"minor":0,"major":10},"package":"x"}}"#;
     let through = [
@@ -109,6 +127,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         event,
         reply(qemu, 1, 5, &string(r#"{"return":{"status":"running"}}"#)),
         reply(qemu, 1, 6, &string(r#"{"error":{"class":"GenericError","desc":"no"}}"#)),
+        reply(qemu, 1, 7, &string(r#"{"return":{}}"#)),
+        reply(remote, 34, 8, &[]),
+        reply(remote, 28, 9, &[]),
+        reply(remote, 2, 10, &[]),
     ];
     let refusal = [numbers(&[42, 10, 1]), string("no"), numbers(&[2, 0, 0, 0, 0, 1, 2, 0])].concat();
     let refused = [open, packet([remote, 1, 157, 1, 3, 1], &refusal)];

@@ -25,6 +25,7 @@ pub mod libvirt;
 pub mod mtree;
 pub mod owner;
 pub mod qmp;
+mod queue;
 pub mod ramblock;
 pub mod stream;
 pub mod text;

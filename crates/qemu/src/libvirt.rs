@@ -2,35 +2,52 @@
 //! no C library (`remote_protocol.x`, `qemu_protocol.x`; the numbers never change).
 //!
 //! What can be sent are the members of [`Procedure`]: queries about domains, the passage of QMP commands
-//! to a domain's monitor, `DOMAIN_MEMORY_PEEK`, and a domain's suspension and its end. A passage marks
-//! the domain as tainted (`custom-monitor`) in libvirt's eyes and log.
+//! to a domain's monitor, `DOMAIN_MEMORY_PEEK`, libvirt's own core dump, and a domain's suspension and its
+//! end. A passage marks the domain as tainted (`custom-monitor`) in libvirt's eyes and log; nothing else
+//! here does.
 //!
 //! The peer is trusted as far as QMP's is: lengths are bounded, serials checked, and after a breach of
 //! protocol the connection is not used again.
 
+mod event;
 mod packet;
+mod procedure;
+mod state;
 mod xdr;
 
 use crate::deadline::Deadline;
+use crate::qmp::PeerCred;
+use crate::queue::{self, Queue};
 use crate::text::Excerpt;
 use crate::unix::{self, Failed};
 use packet::{Header, Inbox, Kind, PacketError, Status};
+use procedure::{LIFECYCLE_EVENT, MONITOR_EVENT, QEMU, REMOTE, VERSION};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use xdr::{Decoder, Encoder};
 
+pub use event::{Lifecycle, LifecycleEvent, MonitorEvent};
+pub use procedure::Procedure;
+pub use state::{ControlInfo, ControlState, Info, RunState, State};
 pub use xdr::XdrError;
+
+/// Ways to prove who one is (`remote_auth_type`).
+const AUTH_NONE: i32 = 0;
+const AUTH_SASL: i32 = 1;
+const AUTH_POLKIT: i32 = 2;
 
 /// Domains that a list may hold (`REMOTE_DOMAIN_LIST_MAX`).
 const MAX_DOMAINS: usize = 16_384;
 
-/// Events that may wait to be taken by [`Libvirt::take_events`].
-pub const MAX_EVENTS: usize = 16_384;
+/// Events of each kind that may wait to be taken, by [`Libvirt::take_events`] and
+/// [`Libvirt::take_lifecycle`]; and 16 MiB of them.
+pub const MAX_EVENTS: usize = queue::MAX_EVENTS;
 
 /// Most bytes that [`Libvirt::peek`] gives (`REMOTE_DOMAIN_MEMORY_PEEK_BUFFER_MAX`).
 pub const MAX_PEEK: u32 = 4 << 20;
@@ -41,80 +58,20 @@ const PHYSICAL: u32 = 2;
 /// A list of those that run (`VIR_CONNECT_LIST_DOMAINS_ACTIVE`).
 const ACTIVE: u32 = 1;
 
-/// The passage is of a line of the human monitor (`VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP`).
-const HMP: u32 = 1;
+/// A passage of JSON, not of a line of the human monitor: such lines go as JSON too, so that there is one
+/// way.
+const JSON: u32 = 0;
 
-/// libvirt's programs and what of them is called.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Procedure {
-    /// `REMOTE_PROC_AUTH_LIST`
-    AuthList,
-    /// `REMOTE_PROC_CONNECT_OPEN`
-    ConnectOpen,
-    /// `REMOTE_PROC_CONNECT_GET_LIB_VERSION`
-    LibVersion,
-    /// `REMOTE_PROC_CONNECT_LIST_ALL_DOMAINS`
-    ListAllDomains,
-    /// `REMOTE_PROC_DOMAIN_LOOKUP_BY_UUID`
-    LookupByUuid,
-    /// `REMOTE_PROC_DOMAIN_GET_XML_DESC`
-    XmlDesc,
-    /// `REMOTE_PROC_DOMAIN_GET_STATE`
-    State,
-    /// `REMOTE_PROC_DOMAIN_MEMORY_PEEK`: QEMU's `pmemsave` into a file in libvirt's cache, which libvirt
-    /// reads and removes.
-    MemoryPeek,
-    /// `QEMU_PROC_DOMAIN_MONITOR_COMMAND`
-    Monitor,
-    /// `QEMU_PROC_DOMAIN_MONITOR_COMMAND_WITH_FILES` (libvirt 8.2)
-    MonitorWithFiles,
-    /// `QEMU_PROC_CONNECT_DOMAIN_MONITOR_EVENT_REGISTER`
-    MonitorEventRegister,
-}
+/// How long libvirt may take to see us off.
+const GOODBYE: Duration = Duration::from_millis(250);
 
-/// `REMOTE_PROGRAM` and `QEMU_PROGRAM`, both of version 1.
-const REMOTE: u32 = 0x2000_8086;
-const QEMU: u32 = 0x2000_8087;
-const VERSION: u32 = 1;
+/// Events of domains' lives (`VIR_DOMAIN_EVENT_ID_LIFECYCLE`).
+const LIFECYCLE: i32 = 0;
 
-/// `QEMU_PROC_DOMAIN_MONITOR_EVENT`, unasked.
-const MONITOR_EVENT: u32 = 6;
-
-impl Procedure {
-    /// Its name, for people.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::AuthList => "AUTH_LIST",
-            Self::ConnectOpen => "CONNECT_OPEN",
-            Self::LibVersion => "CONNECT_GET_LIB_VERSION",
-            Self::ListAllDomains => "CONNECT_LIST_ALL_DOMAINS",
-            Self::LookupByUuid => "DOMAIN_LOOKUP_BY_UUID",
-            Self::XmlDesc => "DOMAIN_GET_XML_DESC",
-            Self::State => "DOMAIN_GET_STATE",
-            Self::MemoryPeek => "DOMAIN_MEMORY_PEEK",
-            Self::Monitor => "DOMAIN_MONITOR_COMMAND",
-            Self::MonitorWithFiles => "DOMAIN_MONITOR_COMMAND_WITH_FILES",
-            Self::MonitorEventRegister => "CONNECT_DOMAIN_MONITOR_EVENT_REGISTER",
-        }
-    }
-
-    /// Its program and number.
-    fn number(self) -> (u32, u32) {
-        match self {
-            Self::AuthList => (REMOTE, 66),
-            Self::ConnectOpen => (REMOTE, 1),
-            Self::LibVersion => (REMOTE, 157),
-            Self::ListAllDomains => (REMOTE, 273),
-            Self::LookupByUuid => (REMOTE, 24),
-            Self::XmlDesc => (REMOTE, 14),
-            Self::State => (REMOTE, 212),
-            Self::MemoryPeek => (REMOTE, 104),
-            Self::Monitor => (QEMU, 1),
-            Self::MonitorWithFiles => (QEMU, 7),
-            Self::MonitorEventRegister => (QEMU, 4),
-        }
-    }
-}
+/// QEMU's dump-guest-memory, and no migration (`VIR_DUMP_MEMORY_ONLY`); what it writes does not stay in the
+/// host's page cache (`VIR_DUMP_BYPASS_CACHE`). Never a domain that is reset, crashed or left running.
+const MEMORY_ONLY: u32 = 16;
+const BYPASS_CACHE: u32 = 4;
 
 /// What went wrong between us and libvirt.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +85,7 @@ pub enum LibvirtError {
         #[source]
         cause: io::Error,
     },
-    /// libvirt wants to know more of us than the kernel tells it.
+    /// libvirt wants to know more of us than the kernel tells it, or polkit.
     #[error("libvirt's socket {} asks for authentication ({methods}), which is not offered here", path.display())]
     Authentication {
         /// The socket.
@@ -181,6 +138,20 @@ pub enum LibvirtError {
         /// libvirt's text.
         message: Excerpt,
     },
+    /// The connection only reads.
+    #[error("{doing} needs a connection to libvirt that does not only read, and {} was opened so", path.display())]
+    ReadOnly {
+        /// The procedure, which was not sent.
+        doing: &'static str,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// libvirt's daemon has another working directory than we.
+    #[error("libvirt needs a whole path to write a dump to, not {}", path.display())]
+    Relative {
+        /// The path.
+        path: PathBuf,
+    },
     /// An earlier failure left the connection unusable.
     #[error("the connection to libvirt is no longer usable after an earlier failure")]
     Broken,
@@ -190,6 +161,19 @@ impl LibvirtError {
     /// Whether another connection may do better: this one is gone.
     pub fn is_lost(&self) -> bool {
         matches!(self, Self::Closed { .. } | Self::Connect { .. } | Self::Broken)
+    }
+
+    /// Whether libvirt surely never carried it out.
+    pub fn is_unsent(&self) -> bool {
+        matches!(
+            self,
+            Self::Closed { sent: false, .. }
+                | Self::Connect { .. }
+                | Self::Authentication { .. }
+                | Self::ReadOnly { .. }
+                | Self::Relative { .. }
+                | Self::Broken
+        )
     }
 
     /// libvirt's code (`virErrorNumber`) when it refused.
@@ -203,6 +187,13 @@ impl LibvirtError {
 
 /// `VIR_ERR_NO_DOMAIN`: there is no such domain.
 pub const NO_DOMAIN: i32 = 42;
+
+/// `VIR_ERR_OPERATION_INVALID`: the domain is not in a state for it, such as one that runs for its
+/// resumption.
+pub const OPERATION_INVALID: i32 = 55;
+
+/// `VIR_ERR_OPERATION_TIMEOUT`: another job kept the domain for 30 s.
+pub const OPERATION_TIMEOUT: i32 = 68;
 
 /// A domain, as libvirt names it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -237,21 +228,35 @@ impl Domain {
     }
 }
 
-/// An event of a domain's QEMU, as libvirt passes it on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MonitorEvent {
-    /// Whose.
-    pub domain: Domain,
-    /// Its name, such as `STOP`.
-    pub name: String,
-    /// QEMU's clock: seconds since 1970 UTC.
-    pub seconds: i64,
-    /// QEMU's clock: microseconds in the second.
-    pub microseconds: u32,
-    /// Its data: JSON.
-    pub data: Option<String>,
-    /// When it was read from the socket.
-    pub received: Instant,
+/// What a libvirt may be able to do (`virDrvFeature`). Whether it sends keepalives is not asked: asked, it
+/// begins to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Feature {
+    /// Descriptors may be sent (`VIR_DRV_FEATURE_FD_PASSING`).
+    FdPassing,
+    /// Events name their registration (`VIR_DRV_FEATURE_REMOTE_EVENT_CALLBACK`), which
+    /// [`Libvirt::watch`] needs.
+    EventCallback,
+}
+
+/// How a dump is written (`virDomainCoreDumpFormat`). Not QEMU's `win-dmp`, which writes guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DumpFormat {
+    /// QEMU's ELF.
+    Elf,
+    /// kdump, compressed with zlib.
+    KdumpZlib,
+    /// kdump, compressed with lzo.
+    KdumpLzo,
+    /// kdump, compressed with snappy.
+    KdumpSnappy,
+}
+
+/// A registration for events, ended by [`Libvirt::unwatch`] or with the connection.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Watch {
+    id: i32,
+    end: Procedure,
 }
 
 /// Where libvirt listens on this host, the place that knows QEMU's domains first: on modular hosts
@@ -283,11 +288,13 @@ pub struct Libvirt {
     stream: UnixStream,
     path: PathBuf,
     reach: PathBuf,
+    read_only: bool,
     inbox: Inbox,
     serial: u32,
     /// Serials of calls that timed out: their late answers are dropped.
     given_up: BTreeSet<u32>,
-    events: Vec<MonitorEvent>,
+    events: Queue<MonitorEvent>,
+    lifecycle: Queue<LifecycleEvent>,
     usable: bool,
 }
 
@@ -315,8 +322,24 @@ impl Libvirt {
         let deadline = Deadline::new(timeout);
         let stream = connect(reach, deadline)?;
         let read_only = path.to_string_lossy().ends_with("-ro");
-        let libvirt = Self::open(stream, path, uri, read_only, deadline)?;
-        Ok(Self { reach: reach.to_owned(), ..libvirt })
+        let mut libvirt = Self::open(stream, path, uri, read_only, deadline)?;
+        reach.clone_into(&mut libvirt.reach);
+        Ok(libvirt)
+    }
+
+    /// As [`Libvirt::connect`], only to look: nothing that changes a domain can be sent, nor anything to
+    /// its monitor.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn connect_to_look(
+        path: &Path,
+        uri: &str,
+        timeout: Duration,
+    ) -> Result<Self, LibvirtError> {
+        let deadline = Deadline::new(timeout);
+        let stream = connect(path, deadline)?;
+        Self::open(stream, path, uri, true, deadline)
     }
 
     /// Speaks over a connected stream; `path` is what errors call it.
@@ -343,24 +366,16 @@ impl Libvirt {
             stream,
             path: path.to_owned(),
             reach: path.to_owned(),
+            read_only,
             inbox: Inbox::default(),
             serial: 0,
             given_up: BTreeSet::new(),
-            events: Vec::new(),
+            events: Queue::default(),
+            lifecycle: Queue::default(),
             usable: true,
         };
-        let methods =
-            libvirt.call(Procedure::AuthList, |_| {}, |d| d.array(20, Decoder::i32), deadline)?;
-        // Root is asked for nothing (`remoteDispatchAuthList`).
-        if !methods.contains(&0) {
-            let word = |method: &i32| match method {
-                1 => "SASL".to_owned(),
-                2 => "polkit".to_owned(),
-                other => other.to_string(),
-            };
-            let methods = methods.iter().map(word).collect::<Vec<_>>().join(", ");
-            return Err(LibvirtError::Authentication { path: path.to_owned(), methods });
-        }
+        let authenticated = libvirt.authenticate(deadline);
+        libvirt.poison(authenticated)?;
         let open = |e: &mut Encoder| {
             e.optional(Some(uri), |e, uri| {
                 e.bytes(uri.as_bytes());
@@ -369,6 +384,29 @@ impl Libvirt {
         };
         libvirt.call(Procedure::ConnectOpen, open, |_| Ok(()), deadline)?;
         Ok(libvirt)
+    }
+
+    /// Root is asked for nothing (`remoteDispatchAuthList`). Of other users libvirt asks polkit: stock
+    /// hosts let all of them look, and those of the group `libvirt` do everything.
+    fn authenticate(&mut self, deadline: Deadline) -> Result<(), LibvirtError> {
+        let methods =
+            self.call(Procedure::AuthList, |_| {}, |d| d.array(20, Decoder::i32), deadline)?;
+        if methods.contains(&AUTH_NONE) {
+            return Ok(());
+        }
+        if methods.contains(&AUTH_POLKIT) {
+            let complete = self.call(Procedure::AuthPolkit, |_| {}, |d| d.i32(), deadline)?;
+            if complete == 1 {
+                return Ok(());
+            }
+        }
+        let word = |method: &i32| match *method {
+            AUTH_SASL => "SASL".to_owned(),
+            AUTH_POLKIT => "polkit".to_owned(),
+            other => other.to_string(),
+        };
+        let methods = methods.iter().map(word).collect::<Vec<_>>().join(", ");
+        Err(LibvirtError::Authentication { path: self.path.clone(), methods })
     }
 
     /// The socket's path.
@@ -381,13 +419,54 @@ impl Libvirt {
         &self.reach
     }
 
+    /// Whether the connection only reads.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Who listens on the socket: libvirt, or what started it when it is first spoken to. A
+    /// [`SYSTEM`] libvirt's is root outside of containers; whoever else serves one tells of domains
+    /// what they like.
+    ///
+    /// # Errors
+    /// [`LibvirtError::Io`].
+    pub fn peer(&self) -> Result<PeerCred, LibvirtError> {
+        unix::peer(&self.stream).map_err(|cause| LibvirtError::Io { doing: "SO_PEERCRED", cause })
+    }
+
     /// libvirt's version: major, minor, release.
     ///
     /// # Errors
     /// [`LibvirtError`].
     pub fn version(&mut self, timeout: Duration) -> Result<(u64, u64, u64), LibvirtError> {
-        let n = self.ask(Procedure::LibVersion, |_| {}, |d| d.u64(), timeout)?;
-        Ok((n / 1_000_000, n / 1000 % 1000, n % 1000))
+        self.ask(Procedure::LibVersion, |_| {}, |d| d.u64(), timeout).map(parts)
+    }
+
+    /// The version of the QEMU that libvirt starts domains with, unless they name another: major, minor,
+    /// release. Of a domain's own, its monitor tells.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn hypervisor_version(
+        &mut self,
+        timeout: Duration,
+    ) -> Result<(u64, u64, u64), LibvirtError> {
+        self.ask(Procedure::HypervisorVersion, |_| {}, |d| d.u64(), timeout).map(parts)
+    }
+
+    /// Whether this libvirt can do it.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn supports(&mut self, feature: Feature, timeout: Duration) -> Result<bool, LibvirtError> {
+        let number = match feature {
+            Feature::FdPassing => 8,
+            Feature::EventCallback => 14,
+        };
+        let ask = |e: &mut Encoder| {
+            e.i32(number);
+        };
+        self.ask(Procedure::SupportsFeature, ask, |d| d.i32(), timeout).map(|yes| yes != 0)
     }
 
     /// The domains that run.
@@ -420,7 +499,29 @@ impl Libvirt {
         self.ask(Procedure::LookupByUuid, ask, Domain::decode, timeout)
     }
 
-    /// The domain's XML, without secrets.
+    /// The domain of this name.
+    ///
+    /// # Errors
+    /// [`LibvirtError::Refused`] with [`NO_DOMAIN`] when there is none.
+    pub fn domain_named(&mut self, name: &str, timeout: Duration) -> Result<Domain, LibvirtError> {
+        let ask = |e: &mut Encoder| {
+            e.bytes(name.as_bytes());
+        };
+        self.ask(Procedure::LookupByName, ask, Domain::decode, timeout)
+    }
+
+    /// The running domain with this number.
+    ///
+    /// # Errors
+    /// [`LibvirtError::Refused`] with [`NO_DOMAIN`] when there is none.
+    pub fn domain_numbered(&mut self, id: i32, timeout: Duration) -> Result<Domain, LibvirtError> {
+        let ask = |e: &mut Encoder| {
+            e.i32(id);
+        };
+        self.ask(Procedure::LookupById, ask, Domain::decode, timeout)
+    }
+
+    /// The domain's XML, without secrets. QEMU's process is not named in it.
     ///
     /// # Errors
     /// [`LibvirtError`].
@@ -432,61 +533,174 @@ impl Libvirt {
         self.ask(Procedure::XmlDesc, ask, |d| d.string(), timeout)
     }
 
-    /// Whether the domain runs: its state (`virDomainState`: 1 running, 3 paused, 5 shut off ..) and why.
+    /// Whether the domain runs, as libvirt knows: QEMU is not asked.
     ///
     /// # Errors
     /// [`LibvirtError`].
-    pub fn state(
-        &mut self,
-        domain: &Domain,
-        timeout: Duration,
-    ) -> Result<(i32, i32), LibvirtError> {
+    pub fn state(&mut self, domain: &Domain, timeout: Duration) -> Result<State, LibvirtError> {
         let ask = |e: &mut Encoder| {
             domain.encode(e);
             e.u32(0);
         };
-        self.ask(Procedure::State, ask, |d| Ok((d.i32()?, d.i32()?)), timeout)
+        self.ask(Procedure::State, ask, State::decode, timeout)
     }
 
-    /// Passes a command to the domain's monitor: JSON, or a line of the human monitor; what QEMU answers.
-    /// `fd` goes with it to QEMU. Marks the domain as tainted.
+    /// The domain's size, and what it used.
     ///
     /// # Errors
-    /// [`LibvirtError`]; a refusal by QEMU of JSON is in the answer.
+    /// [`LibvirtError`].
+    pub fn info(&mut self, domain: &Domain, timeout: Duration) -> Result<Info, LibvirtError> {
+        self.ask(Procedure::Info, |e| domain.encode(e), Info::decode, timeout)
+    }
+
+    /// Whether libvirt is free to speak with the domain's QEMU. What is asked while it is not waits, 30 s at
+    /// most, and is refused then.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn control(
+        &mut self,
+        domain: &Domain,
+        timeout: Duration,
+    ) -> Result<ControlInfo, LibvirtError> {
+        let ask = |e: &mut Encoder| {
+            domain.encode(e);
+            e.u32(0);
+        };
+        self.ask(Procedure::ControlInfo, ask, ControlInfo::decode, timeout)
+    }
+
+    /// Stops the domain's CPUs, and libvirt knows why: by a user. One that stands already stays as it is.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn suspend(&mut self, domain: &Domain, timeout: Duration) -> Result<(), LibvirtError> {
+        self.ask(Procedure::Suspend, |e| domain.encode(e), |_| Ok(()), timeout)
+    }
+
+    /// Lets the CPUs of a domain run on that stand: only ever of one that [`Libvirt::suspend`] stopped.
+    /// Unlike QMP's `cont`, this takes back the leases of the domain's disks, which libvirt gives up
+    /// whenever the CPUs stop (`virDomainLockProcessResume`).
+    ///
+    /// # Errors
+    /// [`LibvirtError::Refused`] with [`OPERATION_INVALID`] when it runs already.
+    pub fn resume(&mut self, domain: &Domain, timeout: Duration) -> Result<(), LibvirtError> {
+        self.ask(Procedure::Resume, |e| domain.encode(e), |_| Ok(()), timeout)
+    }
+
+    /// libvirt's own dump of the domain's memory: it stops the domain, has QEMU write to what it opens at
+    /// `to` on the daemon's side (truncated; made if need be, by and for root or QEMU's user), and lets the
+    /// domain run on if it ran. `bypass_cache` opens a file with O_DIRECT.
+    ///
+    /// `to` may be a FIFO whose other end is held here: then nothing of the guest is written to a disk (seen
+    /// with libvirt 9.0.0). A reader that leaves ends the dump, and the domain runs on; one that hangs keeps
+    /// the domain stopped.
+    ///
+    /// After a [`LibvirtError::Timeout`] it goes on: [`Libvirt::abort_job`] on another connection ends it.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn core_dump(
+        &mut self,
+        domain: &Domain,
+        to: &Path,
+        format: DumpFormat,
+        bypass_cache: bool,
+        timeout: Duration,
+    ) -> Result<(), LibvirtError> {
+        if !to.is_absolute() {
+            return Err(LibvirtError::Relative { path: to.to_owned() });
+        }
+        let format = match format {
+            DumpFormat::Elf => 0,
+            DumpFormat::KdumpZlib => 1,
+            DumpFormat::KdumpLzo => 2,
+            DumpFormat::KdumpSnappy => 3,
+        };
+        let ask = |e: &mut Encoder| {
+            domain.encode(e);
+            e.bytes(to.as_os_str().as_bytes()).u32(format);
+            e.u32(MEMORY_ONLY | if bypass_cache { BYPASS_CACHE } else { 0 });
+        };
+        self.ask(Procedure::CoreDump, ask, |_| Ok(()), timeout)
+    }
+
+    /// Ends the job that is under way on the domain: only ever one that [`Libvirt::core_dump`] began.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn abort_job(&mut self, domain: &Domain, timeout: Duration) -> Result<(), LibvirtError> {
+        self.ask(Procedure::AbortJob, |e| domain.encode(e), |_| Ok(()), timeout)
+    }
+
+    /// Passes a QMP command to the domain's monitor; what QEMU answers. `fd` goes with it to QEMU. Marks the
+    /// domain as tainted.
+    ///
+    /// # Errors
+    /// [`LibvirtError`]; a refusal by QEMU is in the answer.
     pub(crate) fn monitor(
         &mut self,
         domain: &Domain,
         command: &str,
-        is_hmp: bool,
         fd: Option<BorrowedFd<'_>>,
         timeout: Duration,
     ) -> Result<String, LibvirtError> {
         let procedure = if fd.is_some() { Procedure::MonitorWithFiles } else { Procedure::Monitor };
         let ask = |e: &mut Encoder| {
             domain.encode(e);
-            e.bytes(command.as_bytes()).u32(if is_hmp { HMP } else { 0 });
+            e.bytes(command.as_bytes()).u32(JSON);
         };
         self.call_with(procedure, ask, fd, |d| d.string(), Deadline::new(timeout))
     }
 
-    /// From here on the domain's events come too. Only where its monitor may be used.
+    /// From here on the events of the domain's QEMU come too, for [`Libvirt::take_events`]. libvirt hears them
+    /// anyway: this taints nothing.
     ///
     /// # Errors
     /// [`LibvirtError`].
-    pub(crate) fn listen(
-        &mut self,
-        domain: &Domain,
-        timeout: Duration,
-    ) -> Result<(), LibvirtError> {
+    pub fn listen(&mut self, domain: &Domain, timeout: Duration) -> Result<Watch, LibvirtError> {
         let ask = |e: &mut Encoder| {
             e.optional(Some(domain), |e, domain| domain.encode(e));
             e.optional(None::<()>, |_, ()| {}).u32(0);
         };
-        self.ask(Procedure::MonitorEventRegister, ask, |d| d.i32(), timeout).map(drop)
+        let id = self.ask(Procedure::MonitorEventRegister, ask, |d| d.i32(), timeout)?;
+        Ok(Watch { id, end: Procedure::MonitorEventDeregister })
+    }
+
+    /// From here on what becomes of the domain, or of all, comes too, for [`Libvirt::take_lifecycle`].
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn watch(
+        &mut self,
+        domain: Option<&Domain>,
+        timeout: Duration,
+    ) -> Result<Watch, LibvirtError> {
+        let ask = |e: &mut Encoder| {
+            e.i32(LIFECYCLE).optional(domain, |e, domain| domain.encode(e));
+        };
+        let id = self.ask(Procedure::EventRegister, ask, |d| d.i32(), timeout)?;
+        Ok(Watch { id, end: Procedure::EventDeregister })
+    }
+
+    /// From here on those events come no more.
+    ///
+    /// # Errors
+    /// [`LibvirtError`].
+    pub fn unwatch(&mut self, watch: &Watch, timeout: Duration) -> Result<(), LibvirtError> {
+        let ask = |e: &mut Encoder| {
+            e.i32(watch.id);
+        };
+        self.ask(watch.end, ask, |_| Ok(()), timeout)
     }
 
     /// Guest-physical memory by QEMU's `pmemsave`, at most [`MAX_PEEK`] bytes. libvirt lets QEMU write it
-    /// into a file on the host's disk, reads that, and removes it.
+    /// into a file on the host's disk (`qemu.mem.XXXXXX`, 0600, in the domain's directory below
+    /// `/var/lib/libvirt/qemu`; of older ones in libvirt's cache), reads that, and removes it.
+    ///
+    /// As many bytes come as were asked for, whatever the file held: libvirt (9.0.0, `qemuDomainMemoryPeek`)
+    /// takes a short file for a whole one, and what is missing comes as zeros. So what it gives is to be
+    /// held against another reading.
     ///
     /// # Errors
     /// [`LibvirtError`]; `Protocol` when another number of bytes comes than was asked for.
@@ -515,10 +729,15 @@ impl Libvirt {
 
     /// Takes the events read so far, in order.
     pub fn take_events(&mut self) -> Vec<MonitorEvent> {
-        std::mem::take(&mut self.events)
+        self.events.take()
     }
 
-    /// Reads events for as long as `wait`, or until the first one is there.
+    /// Takes the events of domains' lives read so far, in order.
+    pub fn take_lifecycle(&mut self) -> Vec<LifecycleEvent> {
+        self.lifecycle.take()
+    }
+
+    /// Reads events for as long as `wait`, or until the first one of either kind is there.
     ///
     /// # Errors
     /// The variants that end a connection; that no event came is none.
@@ -528,7 +747,7 @@ impl Libvirt {
             return Err(LibvirtError::Broken);
         }
         let deadline = Deadline::new(wait);
-        while self.events.is_empty() {
+        while self.events.is_empty() && self.lifecycle.is_empty() {
             match self.receive(DOING, deadline) {
                 Err(LibvirtError::Timeout { .. }) => return Ok(()),
                 packet => {
@@ -572,6 +791,9 @@ impl Libvirt {
         let doing = procedure.word();
         if !self.usable {
             return Err(LibvirtError::Broken);
+        }
+        if self.read_only && !procedure.only_reads() {
+            return Err(LibvirtError::ReadOnly { doing, path: self.path.clone() });
         }
         if deadline.left().is_none() {
             // Nothing was sent: the connection is as good as before.
@@ -638,14 +860,17 @@ impl Libvirt {
         doing: &'static str,
     ) -> Result<Option<(Status, Vec<u8>)>, LibvirtError> {
         let breach = |what: String| LibvirtError::Protocol { doing, what };
+        let odd = |error: XdrError| breach(format!("an event: {error}"));
+        let full = |full: queue::Full| breach(full.to_string());
         match header.kind {
             Kind::Message if (header.program, header.procedure) == (QEMU, MONITOR_EVENT) => {
-                if self.events.len() >= MAX_EVENTS {
-                    return Err(breach(format!("more than {MAX_EVENTS} events that nobody took")));
-                }
-                let event =
-                    event(&payload).map_err(|error| breach(format!("an event: {error}")))?;
-                self.events.push(event);
+                let event = MonitorEvent::decode(&payload).map_err(odd)?;
+                self.events.push(event, payload.len()).map_err(full)?;
+                Ok(None)
+            }
+            Kind::Message if (header.program, header.procedure) == (REMOTE, LIFECYCLE_EVENT) => {
+                let event = LifecycleEvent::decode(&payload).map_err(odd)?;
+                self.lifecycle.push(event, payload.len()).map_err(full)?;
                 Ok(None)
             }
             // Others that nobody here asked for.
@@ -665,6 +890,19 @@ impl Libvirt {
     }
 }
 
+/// libvirt writes an error into its log for each client that leaves first.
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        const DOING: &str = "leaving";
+        let deadline = Deadline::new(GOODBYE);
+        let mut seen_off = self.call(Procedure::ConnectClose, |_| {}, |_| Ok(()), deadline);
+        // It is libvirt that closes then, once it has said the last that it had to say.
+        while seen_off.is_ok() {
+            seen_off = self.receive(DOING, deadline).map(drop);
+        }
+    }
+}
+
 fn failed(error: PacketError, doing: &'static str, sent: bool, deadline: Deadline) -> LibvirtError {
     match error {
         PacketError::Late => LibvirtError::Timeout { doing, waited: deadline.length },
@@ -672,6 +910,11 @@ fn failed(error: PacketError, doing: &'static str, sent: bool, deadline: Deadlin
         PacketError::Io(cause) => LibvirtError::Io { doing, cause },
         odd => LibvirtError::Protocol { doing, what: odd.to_string() },
     }
+}
+
+/// libvirt's versions are one number: major * 1,000,000 + minor * 1,000 + release.
+fn parts(number: u64) -> (u64, u64, u64) {
+    (number / 1_000_000, number / 1000 % 1000, number % 1000)
 }
 
 /// `remote_error`: of it code, part and text.
@@ -688,22 +931,6 @@ fn refusal(d: &mut Decoder<'_>, doing: &'static str) -> Result<LibvirtError, Xdr
     d.i32()?;
     let message = Excerpt::new(&message);
     Ok(LibvirtError::Refused { doing, code, domain, message })
-}
-
-/// `qemu_domain_monitor_event_msg`
-fn event(payload: &[u8]) -> Result<MonitorEvent, XdrError> {
-    let mut d = Decoder::new(payload);
-    d.i32()?;
-    let event = MonitorEvent {
-        domain: Domain::decode(&mut d)?,
-        name: d.string()?,
-        seconds: d.i64()?,
-        microseconds: d.u32()?,
-        data: d.optional(Decoder::string)?,
-        received: Instant::now(),
-    };
-    d.end()?;
-    Ok(event)
 }
 
 fn connect(path: &Path, deadline: Deadline) -> Result<UnixStream, LibvirtError> {

@@ -9,7 +9,10 @@
 
 use crate::deadline::Deadline;
 use crate::frame::{FrameError, Framer};
-use crate::libvirt::{Domain, Libvirt, LibvirtError};
+use crate::libvirt::{
+    Domain, Libvirt, LibvirtError, OPERATION_INVALID, OPERATION_TIMEOUT, Procedure,
+};
+use crate::queue::{self, Queue};
 use crate::text::Excerpt;
 use crate::unix::{self, Failed};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -27,8 +30,8 @@ use std::time::{Duration, Instant};
 /// 1 MiB.
 pub const MAX_MESSAGE: usize = 16 << 20;
 
-/// Events that may wait to be taken by [`Qmp::take_events`].
-pub const MAX_EVENTS: usize = 16_384;
+/// Events that may wait to be taken by [`Qmp::take_events`]; and 16 MiB of them.
+pub const MAX_EVENTS: usize = queue::MAX_EVENTS;
 
 /// Pause between two tries to reach a libvirt that was lost.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
@@ -115,9 +118,11 @@ impl Command {
 /// The commands that change a guest or its QEMU, each with what takes it back.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
-    /// `stop`: stops the guest's CPUs and its clock, then flushes its disks. Taken back by `cont`.
+    /// `stop`, through libvirt DOMAIN_SUSPEND: stops the guest's CPUs and its clock, then flushes its disks.
+    /// Taken back by `cont`.
     Stop,
-    /// `cont`: only ever for a guest that [`Change::Stop`], or a snapshot of ours, stopped.
+    /// `cont`, through libvirt DOMAIN_RESUME: only ever for a guest that [`Change::Stop`], or a snapshot of
+    /// ours, stopped.
     Cont,
     /// `migrate-set-capabilities`: taken back by itself, with what was found before.
     SetCapabilities(Vec<Capability>),
@@ -311,9 +316,9 @@ impl QmpError {
             Self::Closed { .. } | Self::Connect { .. } | Self::Io { .. } => Outcome::Lost,
             Self::Protocol { .. } | Self::Shape { .. } | Self::Broken => Outcome::Breach,
             Self::Libvirt { cause, .. } => match cause {
-                LibvirtError::Refused { .. } | LibvirtError::Authentication { .. } => {
-                    Outcome::Refused
-                }
+                LibvirtError::Refused { .. }
+                | LibvirtError::Authentication { .. }
+                | LibvirtError::ReadOnly { .. } => Outcome::Refused,
                 LibvirtError::Timeout { .. } => Outcome::TimedOut,
                 LibvirtError::Protocol { .. } | LibvirtError::Broken => Outcome::Breach,
                 _ => Outcome::Lost,
@@ -445,7 +450,7 @@ pub struct Qmp {
     wire: Wire,
     path: PathBuf,
     greeting: Version,
-    events: Vec<Event>,
+    events: Queue<Event>,
     usable: bool,
     transcript: Option<Transcript>,
     /// Nothing is told to the transcript.
@@ -515,13 +520,13 @@ impl Qmp {
             wire: Wire::Socket(socket),
             path: path.into(),
             greeting: Version { qemu: none, package: String::new() },
-            events: Vec::new(),
+            events: Queue::default(),
             usable: true,
             transcript,
             quiet: false,
         };
         let Wire::Socket(socket) = &mut qmp.wire else { return Err(QmpError::Broken) };
-        let greeting = socket.receive(DOING, deadline).map_err(|error| match error {
+        let (greeting, _) = socket.receive(DOING, deadline).map_err(|error| match error {
             QmpError::Timeout { waited, .. } if socket.framer.is_empty() => {
                 QmpError::Busy { path: path.into(), waited }
             }
@@ -563,7 +568,7 @@ impl Qmp {
             wire: Wire::Libvirt(passage),
             path,
             greeting: Version { qemu: none, package: String::new() },
-            events: Vec::new(),
+            events: Queue::default(),
             usable: true,
             transcript,
             quiet: false,
@@ -636,11 +641,44 @@ impl Qmp {
 
     /// Changes the guest, and waits until QEMU says that it is done.
     ///
+    /// Through libvirt the guest is stopped and let go on by libvirt's own calls: so it knows why the
+    /// domain stands, and takes the leases of its disks back, which it does not after a passed `cont`.
+    ///
     /// # Errors
     /// As [`Qmp::execute`]; after [`QmpError::Timeout`] QEMU may still carry it out.
     pub fn change(&mut self, change: &Change, timeout: Duration) -> Result<(), QmpError> {
         let deadline = Deadline::new(timeout);
+        match (&self.wire, change) {
+            (Wire::Libvirt(_), Change::Stop) => return self.suspend(deadline),
+            (Wire::Libvirt(_), Change::Cont) => return self.resume(deadline),
+            _ => {}
+        }
         self.run_with(change.word(), change.arguments(), Once::Sent, None, deadline).map(drop)
+    }
+
+    fn suspend(&mut self, deadline: Deadline) -> Result<(), QmpError> {
+        let word = Procedure::Suspend.word();
+        self.run_with(word, json!({}), Once::Suspended, None, deadline).map(drop)
+    }
+
+    /// The guest must run again: half the time is for libvirt's own call, which waits for a job that is
+    /// under way or knows the domain as running, the rest for QEMU's. Any other refusal stands: who cannot
+    /// have a disk's lease back must not write to the disk.
+    fn resume(&mut self, deadline: Deadline) -> Result<(), QmpError> {
+        let (word, cont) = (Procedure::Resume.word(), Change::Cont.word());
+        let first = Deadline::new(deadline.left().unwrap_or_default() / 2);
+        let resumed = self.run_with(word, json!({}), Once::Resumed, None, first);
+        let is_qemus = match &resumed {
+            Err(QmpError::Timeout { .. }) => true,
+            Err(QmpError::Libvirt { cause, .. }) => {
+                matches!(cause.code(), Some(OPERATION_INVALID | OPERATION_TIMEOUT))
+            }
+            _ => false,
+        };
+        if is_qemus {
+            return self.run_with(cont, json!({}), Once::Sent, None, deadline).map(drop);
+        }
+        resumed.map(drop)
     }
 
     /// `getfd`: gives QEMU a copy of `fd` under `name`, which replaces one of that name. Taken back
@@ -699,7 +737,7 @@ impl Qmp {
 
     /// Takes the events read so far, in order.
     pub fn take_events(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.events)
+        self.events.take()
     }
 
     /// Reads events for as long as `wait`, or until the first one is there.
@@ -800,6 +838,10 @@ enum Once {
     Never,
     /// It changes something: again only if it was surely not sent.
     Sent,
+    /// The same, and it is libvirt's call for QEMU's `stop`.
+    Suspended,
+    /// The same, and it is libvirt's call for QEMU's `cont`.
+    Resumed,
 }
 
 impl Passage {
@@ -810,13 +852,20 @@ impl Passage {
         arguments: &Value,
         once: Once,
         fd: Option<BorrowedFd<'_>>,
-        events: &mut Vec<Event>,
+        events: &mut Queue<Event>,
         deadline: Deadline,
     ) -> Result<Answer, QmpError> {
         let line = json!({ "execute": doing, "arguments": arguments }).to_string();
         loop {
             let left = deadline.left().unwrap_or_default();
-            let answer = self.libvirt.monitor(&self.domain, &line, false, fd, left);
+            let (libvirt, domain) = (&mut self.libvirt, &self.domain);
+            let done =
+                |done: Result<(), LibvirtError>| done.map(|()| r#"{"return":{}}"#.to_owned());
+            let answer = match once {
+                Once::Suspended => done(libvirt.suspend(domain, left)),
+                Once::Resumed => done(libvirt.resume(domain, left)),
+                Once::Never | Once::Sent => libvirt.monitor(domain, &line, fd, left),
+            };
             self.hand_out(doing, events)?;
             match answer {
                 Ok(text) => {
@@ -830,8 +879,7 @@ impl Passage {
                     return Err(QmpError::Timeout { doing, waited });
                 }
                 Err(error) => {
-                    let sent = !matches!(error, LibvirtError::Closed { sent: false, .. });
-                    if !error.is_lost() || (once == Once::Sent && sent) {
+                    if !error.is_lost() || (once != Once::Never && !error.is_unsent()) {
                         return Err(QmpError::Libvirt { doing, cause: error });
                     }
                     self.reconnect(doing, deadline)?;
@@ -849,7 +897,7 @@ impl Passage {
             let found = found.and_then(|mut libvirt| {
                 let domain = libvirt.domain(self.domain.uuid, left)?;
                 // Events are lost, and those to come are wanted.
-                libvirt.listen(&domain, left).map(|()| (libvirt, domain))
+                libvirt.listen(&domain, left).map(|_| (libvirt, domain))
             });
             match found {
                 Ok((_, domain)) if domain.id != self.domain.id => {
@@ -876,27 +924,26 @@ impl Passage {
     }
 
     /// Hands on the events of the domain.
-    fn hand_out(&mut self, doing: &'static str, events: &mut Vec<Event>) -> Result<(), QmpError> {
+    fn hand_out(&mut self, doing: &'static str, events: &mut Queue<Event>) -> Result<(), QmpError> {
         for event in self.libvirt.take_events() {
             if event.domain.uuid != self.domain.uuid {
                 continue;
             }
-            if events.len() >= MAX_EVENTS {
-                let what = format!("more than {MAX_EVENTS} events that nobody took");
-                return Err(QmpError::Protocol { doing, what });
-            }
+            let bytes = event.name.len() + event.data.as_ref().map_or(0, String::len);
             let data = event.data.as_deref().map_or(Ok(Value::Null), serde_json::from_str);
             let data = data.map_err(|error| QmpError::Protocol {
                 doing,
                 what: format!("the data of an event is not JSON: {error}"),
             })?;
-            events.push(Event {
+            let event = Event {
                 name: event.name,
                 data,
                 seconds: event.seconds,
                 microseconds: event.microseconds.into(),
                 received: event.received,
-            });
+            };
+            let full = |full: queue::Full| QmpError::Protocol { doing, what: full.to_string() };
+            events.push(event, bytes).map_err(full)?;
         }
         Ok(())
     }
@@ -904,7 +951,7 @@ impl Passage {
     fn poll_events(
         &mut self,
         doing: &'static str,
-        events: &mut Vec<Event>,
+        events: &mut Queue<Event>,
         deadline: Deadline,
     ) -> Result<(), QmpError> {
         self.hand_out(doing, events)?;
@@ -925,7 +972,7 @@ impl Socket {
         doing: &'static str,
         arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
-        events: &mut Vec<Event>,
+        events: &mut Queue<Event>,
         deadline: Deadline,
     ) -> Result<Answer, QmpError> {
         let id = self.next_id;
@@ -951,7 +998,7 @@ impl Socket {
     fn poll_events(
         &mut self,
         doing: &'static str,
-        events: &mut Vec<Event>,
+        events: &mut Queue<Event>,
         deadline: Deadline,
     ) -> Result<(), QmpError> {
         while events.is_empty() {
@@ -968,19 +1015,16 @@ impl Socket {
     /// and text of QEMU's refusal.
     fn sort_out(
         &mut self,
-        message: Map<String, Value>,
+        (message, bytes): (Map<String, Value>, usize),
         id: Option<u64>,
-        events: &mut Vec<Event>,
+        events: &mut Queue<Event>,
         doing: &'static str,
     ) -> Result<Option<Answer>, QmpError> {
         let breach = |what: String| QmpError::Protocol { doing, what };
         if message.contains_key("event") {
-            if events.len() >= MAX_EVENTS {
-                return Err(breach(format!("more than {MAX_EVENTS} events that nobody took")));
-            }
             let event = parse_event(&message)
                 .ok_or_else(|| breach(format!("odd event {:?}", Excerpt::new(&show(&message)))))?;
-            events.push(event);
+            events.push(event, bytes).map_err(|full| breach(full.to_string()))?;
             return Ok(None);
         }
         let answer = parse_answer(&message).ok_or_else(|| {
@@ -1027,18 +1071,20 @@ impl Socket {
         Ok(())
     }
 
-    /// The next JSON object.
+    /// The next JSON object, and how long it was in bytes.
     fn receive(
         &mut self,
         doing: &'static str,
         deadline: Deadline,
-    ) -> Result<Map<String, Value>, QmpError> {
+    ) -> Result<(Map<String, Value>, usize), QmpError> {
         let breach = |what: String| QmpError::Protocol { doing, what };
         let mut chunk = [0; 64 << 10];
         loop {
             match self.framer.next(MAX_MESSAGE) {
                 Ok(Some(message)) => {
-                    return serde_json::from_slice(&message)
+                    let object = serde_json::from_slice(&message);
+                    return object
+                        .map(|object| (object, message.len()))
                         .map_err(|error| breach(format!("not JSON: {error}")));
                 }
                 Ok(None) => {}
@@ -1089,10 +1135,7 @@ pub fn peer_of(path: &Path, deadline: Duration) -> Result<PeerCred, QmpError> {
 }
 
 fn peer(stream: &UnixStream) -> Result<PeerCred, QmpError> {
-    let cred = nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerCredentials)
-        .map_err(|errno| QmpError::Io { doing: "SO_PEERCRED", source: errno.into() })?;
-    let pid = u32::try_from(cred.pid()).ok().filter(|&pid| pid != 0);
-    Ok(PeerCred { pid, uid: cred.uid() })
+    unix::peer(stream).map_err(|source| QmpError::Io { doing: "SO_PEERCRED", source })
 }
 
 /// The value of an answer, or class and text of a refusal.

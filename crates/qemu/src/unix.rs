@@ -1,9 +1,12 @@
-//! Connecting to UNIX sockets: never for longer than is left, whatever the length of the path.
+//! Connecting to UNIX sockets: never for longer than is left, whatever the length of the path; and who
+//! listens there.
 
 use crate::deadline::Deadline;
+use crate::qmp::PeerCred;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -53,6 +56,13 @@ pub(crate) fn connect(path: &Path, deadline: Deadline) -> Result<UnixStream, Fai
     }
     rustix::io::ioctl_fionbio(&socket, false).map_err(Failed::Os)?;
     Ok(UnixStream::from(socket))
+}
+
+/// Who called `listen` on the socket at the other end.
+pub(crate) fn peer(stream: &UnixStream) -> io::Result<PeerCred> {
+    let cred = nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerCredentials)?;
+    let pid = u32::try_from(cred.pid()).ok().filter(|&pid| pid != 0);
+    Ok(PeerCred { pid, uid: cred.uid() })
 }
 
 #[cfg(test)]

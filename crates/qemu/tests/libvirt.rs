@@ -1,10 +1,16 @@
 //! The libvirt client against peers that lie, hang and leave, and QMP through it. The peers are threads
-//! at the other end of a socket that write packets by hand; the real libvirtd is the lab's.
+//! at the other end of a socket that write packets by hand, or those that a real libvirtd wrote once
+//! (`tests/libvirtd.rs`).
 #![forbid(unsafe_code)]
 // Helpers of tests are tests: a panic is their verdict.
 #![allow(clippy::unwrap_used)]
 
-use qemu::libvirt::{Domain, Libvirt, LibvirtError, SESSION, SYSTEM, sockets};
+mod conversation;
+
+use qemu::libvirt::{
+    ControlState, Domain, DumpFormat, Feature, Libvirt, LibvirtError, Lifecycle, MAX_EVENTS,
+    RunState, SESSION, SYSTEM, State, sockets,
+};
 use qemu::qmp::{Change, Command};
 use qemu::{Qmp, QmpError};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -134,6 +140,32 @@ fn through(script: impl FnOnce(&mut Peer) + Send + 'static) -> Qmp {
     Qmp::through(libvirt, SYSTEM, ab(), LONG, None).unwrap()
 }
 
+/// The other side of the conversation that was kept: each call must be the one that was made then.
+fn repeat(mut stream: UnixStream) {
+    let kept = std::fs::read_to_string(conversation::KEPT).unwrap();
+    for (number, line) in kept.lines().enumerate() {
+        let (mark, hex) = line.split_at(2);
+        let digits = hex.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).unwrap());
+        let packet: Vec<u8> = digits.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect();
+        if mark == "< " {
+            stream.write_all(&packet).unwrap();
+            continue;
+        }
+        let mut call = vec![0; packet.len()];
+        stream.read_exact(&mut call).unwrap();
+        assert_eq!(call, packet, "packet {number}");
+    }
+}
+
+#[test]
+fn what_libvirt_9_said_is_understood() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let libvirt = std::thread::spawn(move || repeat(theirs));
+    let said = conversation::hold(ours);
+    libvirt.join().unwrap();
+    insta::assert_snapshot!(said.join("\n"));
+}
+
 #[test]
 fn domains_are_listed_and_described() {
     let mut libvirt = client(|peer| {
@@ -150,8 +182,115 @@ fn domains_are_listed_and_described() {
     assert_eq!(domains[0], ab());
     assert_eq!(domains[1].uuid_text(), "07070707-0707-0707-0707-070707070707");
     assert_eq!(libvirt.version(LONG).unwrap(), (9, 0, 123));
-    assert_eq!(libvirt.state(&ab(), LONG).unwrap(), (3, 1));
+    assert_eq!(libvirt.state(&ab(), LONG).unwrap(), State { state: RunState::Paused, reason: 1 });
     assert_eq!(libvirt.xml(&ab(), LONG).unwrap(), "<domain/>");
+}
+
+#[test]
+fn what_needs_no_monitor_is_asked_of_libvirt() {
+    let mut libvirt = client(|peer| {
+        assert_eq!(peer.answer(&domain("a b", 4)).payload, string("a b"));
+        assert_eq!(peer.answer(&domain("a b", 4)).payload, numbers(&[4]));
+        let wide = |n: u64| n.to_be_bytes().to_vec();
+        let info = [numbers(&[1]), wide(2048), wide(1024), numbers(&[3]), wide(5_000_000_000)];
+        assert_eq!(peer.answer(&info.concat()).payload, domain("a b", 4));
+        peer.answer(&[numbers(&[2, 0]), wide(1500)].concat());
+        peer.answer(&7_002_022u64.to_be_bytes());
+        assert_eq!(peer.answer(&numbers(&[1])).payload, numbers(&[8]));
+    });
+    assert_eq!(libvirt.domain_named("a b", LONG).unwrap(), ab());
+    assert_eq!(libvirt.domain_numbered(4, LONG).unwrap(), ab());
+    let info = libvirt.info(&ab(), LONG).unwrap();
+    assert_eq!((info.state, info.cpus), (RunState::Running, 3));
+    assert_eq!((info.max_memory_kib, info.memory_kib), (2048, 1024));
+    assert_eq!(info.cpu_time, Duration::from_secs(5));
+    let control = libvirt.control(&ab(), LONG).unwrap();
+    assert_eq!(
+        (control.state, control.since),
+        (ControlState::Occupied, Duration::from_millis(1500))
+    );
+    assert_eq!(libvirt.hypervisor_version(LONG).unwrap(), (7, 2, 22));
+    assert!(libvirt.supports(Feature::FdPassing, LONG).unwrap());
+}
+
+#[test]
+fn a_connection_that_looks_sends_nothing_else() {
+    let (_dir, path) = listening(vec![Box::new(|peer| {
+        // What came after the opening is the goodbye.
+        assert_eq!(peer.answer(&[]).procedure, 2);
+    })]);
+    let mut libvirt = Libvirt::connect_to_look(&path, SYSTEM, LONG).unwrap();
+    assert!(libvirt.is_read_only());
+    assert_eq!(libvirt.peer().unwrap().pid, Some(std::process::id()));
+    let refused = [
+        libvirt.peek(&ab(), 0, 8, LONG).map(drop),
+        libvirt.suspend(&ab(), LONG),
+        libvirt.resume(&ab(), LONG),
+        libvirt.abort_job(&ab(), LONG),
+        libvirt.listen(&ab(), LONG).map(drop),
+        libvirt.core_dump(&ab(), Path::new("/x"), DumpFormat::Elf, false, LONG),
+    ];
+    for error in refused.map(Result::unwrap_err) {
+        assert!(matches!(error, LibvirtError::ReadOnly { .. }) && error.is_unsent(), "{error}");
+    }
+}
+
+#[test]
+fn a_dump_is_of_memory_only_and_goes_to_a_whole_path() {
+    let mut libvirt = client(|peer| {
+        let plain = peer.answer(&[]);
+        assert_eq!(plain.payload, [domain("a b", 4), string("/run/x"), numbers(&[0, 16])].concat());
+        assert!(peer.answer(&[]).payload.ends_with(&numbers(&[1, 20])));
+        drop(peer.answer(&[]));
+    });
+    let dump = |libvirt: &mut Libvirt, to: &str, format, bypass| {
+        libvirt.core_dump(&ab(), Path::new(to), format, bypass, LONG)
+    };
+    dump(&mut libvirt, "/run/x", DumpFormat::Elf, false).unwrap();
+    let error = dump(&mut libvirt, "x", DumpFormat::Elf, false).unwrap_err();
+    assert!(matches!(error, LibvirtError::Relative { .. }), "{error}");
+    dump(&mut libvirt, "/run/x", DumpFormat::KdumpZlib, true).unwrap();
+    libvirt.abort_job(&ab(), LONG).unwrap();
+}
+
+#[test]
+fn lives_of_domains_are_told() {
+    let mut libvirt = client(|peer| {
+        assert_eq!(
+            peer.answer(&numbers(&[5])).payload,
+            [numbers(&[0, 1]), domain("a b", 4)].concat()
+        );
+        for (what, detail) in [(3, 0), (4, 1), (77, 2)] {
+            let event = [numbers(&[5]), domain("a b", 4), numbers(&[what, detail])].concat();
+            peer.send([REMOTE, 1, 318, 2, 0, 0], &event);
+        }
+        assert_eq!(peer.answer(&[]).payload, numbers(&[5]));
+    });
+    let watch = libvirt.watch(Some(&ab()), LONG).unwrap();
+    libvirt.poll_events(LONG).unwrap();
+    libvirt.unwatch(&watch, LONG).unwrap();
+    let told = libvirt.take_lifecycle();
+    let what: Vec<_> = told.iter().map(|event| (event.what, event.detail)).collect();
+    assert_eq!(
+        what,
+        [(Lifecycle::Suspended, 0), (Lifecycle::Resumed, 1), (Lifecycle::Other(77), 2)]
+    );
+    assert_eq!(told[0].domain, ab());
+    assert!(libvirt.take_events().is_empty());
+}
+
+#[test]
+fn few_long_events_are_too_much_too() {
+    let mut libvirt = client(|peer| {
+        peer.call();
+        let data = format!("\"{}\"", "x".repeat(3 << 20));
+        for _ in 0..8 {
+            peer.event("X", Some(&data));
+        }
+    });
+    let error = libvirt.domain([7; 16], LONG).unwrap_err();
+    assert!(matches!(error, LibvirtError::Protocol { .. }), "{error}");
+    assert!(error.to_string().contains("16777216 bytes of them"), "{error}");
 }
 
 #[test]
@@ -171,15 +310,37 @@ fn a_refusal_has_libvirts_words_and_the_next_call_works() {
     assert_eq!(libvirt.domain([7; 16], LONG).unwrap(), ab());
 }
 
-#[test]
-fn whoever_wants_a_password_is_told_from_who_wants_none() {
+/// Connects to a peer that asks for these ways to prove who one is, and goes on with `script`.
+fn asked_for(
+    methods: &'static [u32],
+    script: impl FnOnce(&mut Peer) + Send + 'static,
+) -> Result<Libvirt, LibvirtError> {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    std::thread::spawn(move || drop(Peer(theirs).answer(&numbers(&[2, 1, 2]))));
-    let error = Libvirt::over(ours, Path::new("/peer"), SYSTEM, LONG).unwrap_err();
-    assert!(
-        matches!(&error, LibvirtError::Authentication { methods, .. } if methods == "SASL, polkit"),
-        "{error}"
-    );
+    std::thread::spawn(move || {
+        let mut peer = Peer(theirs);
+        let count = u32::try_from(methods.len()).unwrap();
+        peer.answer(&[numbers(&[count]), numbers(methods)].concat());
+        script(&mut peer);
+        let _ = peer.0.read_to_end(&mut Vec::new());
+    });
+    Libvirt::over(ours, Path::new("/peer"), SYSTEM, LONG)
+}
+
+#[test]
+fn whoever_wants_a_password_is_told_from_who_asks_polkit() {
+    let methods = |result: Result<Libvirt, LibvirtError>| match result.unwrap_err() {
+        LibvirtError::Authentication { methods, .. } => methods,
+        other => panic!("{other}"),
+    };
+    assert_eq!(methods(asked_for(&[1, 7], |_| ())), "SASL, 7");
+    assert_eq!(methods(asked_for(&[2], |peer| drop(peer.answer(&numbers(&[0]))))), "polkit");
+    let denied = asked_for(&[2], |peer| assert_eq!(refuse(peer, 94).procedure, 70));
+    assert_eq!(denied.unwrap_err().code(), Some(94));
+    let allowed = asked_for(&[2], |peer| {
+        peer.answer(&numbers(&[1]));
+        assert_eq!(peer.answer(&[]).procedure, 1);
+    });
+    allowed.unwrap();
 }
 
 #[test]
@@ -199,13 +360,18 @@ fn a_peek_gives_what_was_asked_for_or_nothing() {
 #[test]
 fn garbage_is_a_breach_and_ends_the_connection() {
     type Script = fn(&mut Peer);
-    let scripts: [(&str, Script); 7] = [
+    let scripts: [(&str, Script); 9] = [
         ("left over", |peer| drop(peer.answer(&[domain("a b", 4), numbers(&[1])].concat()))),
         ("too soon", |peer| drop(peer.answer(&numbers(&[3])))),
         ("16777216", |peer| drop(peer.0.write_all(&[1, 0, 0, 0]))),
         ("answer to call 99", |peer| peer.send([REMOTE, 1, 24, 1, 99, 0], &[])),
         ("calls us", |peer| peer.send([REMOTE, 1, 24, 0, 1, 0], &[])),
         ("kind 9", |peer| peer.send([REMOTE, 1, 24, 9, 1, 0], &[])),
+        ("bytes of", |peer| drop(peer.answer(&numbers(&[u32::MAX])))),
+        ("too soon", |peer| {
+            let call = peer.call();
+            peer.send([call.program, 1, call.procedure, 1, call.serial, 1], &[9; 7]);
+        }),
         ("an event", |peer| peer.send([QEMU, 1, 6, 2, 0, 0], &[1])),
     ];
     for (words, script) in scripts {
@@ -215,6 +381,27 @@ fn garbage_is_a_breach_and_ends_the_connection() {
         assert!(error.to_string().contains(words), "{words}: {error}");
         assert!(matches!(libvirt.domains(LONG), Err(LibvirtError::Broken)), "{words}");
     }
+}
+
+#[test]
+fn events_without_end_are_refused_and_others_end_in_time() {
+    let mut libvirt = client(|peer| {
+        peer.call();
+        for _ in 0..=MAX_EVENTS {
+            peer.event("X", None);
+        }
+    });
+    let error = libvirt.domain([7; 16], LONG).unwrap_err();
+    assert!(error.to_string().contains(&MAX_EVENTS.to_string()), "{error}");
+    // What nobody asked for is not kept.
+    let mut libvirt = client(|peer| {
+        peer.call();
+        let packet = [numbers(&[28]), numbers(&[REMOTE, 1, 999, 2, 0, 0])].concat();
+        while peer.0.write_all(&packet).is_ok() {}
+    });
+    let began = Instant::now();
+    let error = libvirt.domain([7; 16], SHORT).unwrap_err();
+    assert!(matches!(error, LibvirtError::Timeout { .. }) && began.elapsed() < LONG, "{error}");
 }
 
 #[test]
@@ -251,11 +438,48 @@ fn qmp_goes_through_libvirt() {
         ("STOP", 5, 6)
     );
     assert_eq!(events[1].data, json!({ "a": 1 }));
-    let error = qmp.change(&Change::Cont, LONG).unwrap_err();
+    let error = qmp.change(&Change::CloseFd("x".into()), LONG).unwrap_err();
     assert!(matches!(error, QmpError::Refused { .. }), "{error}");
     let error = qmp.execute(Command::QueryStatus, json!({}), LONG).unwrap_err();
     assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
     assert!(matches!(qmp.hmp(qemu::qmp::Hmp::InfoRamblock, LONG), Err(QmpError::Broken)));
+}
+
+/// Refuses the next call with this code.
+fn refuse(peer: &mut Peer, code: u32) -> Call {
+    let call = peer.call();
+    let text = [numbers(&[code, 10, 1]), string("no"), numbers(&[2, 0, 0, 0, 0, 1, 2, 0])].concat();
+    peer.send([call.program, 1, call.procedure, 1, call.serial, 1], &text);
+    call
+}
+
+#[test]
+fn a_domain_is_stopped_by_libvirts_own_call_and_goes_on_by_it_or_qemus() {
+    let mut qmp = through(|peer| {
+        assert_eq!(peer.answer(&[]).procedure, 34);
+        assert_eq!(peer.answer(&[]).procedure, 28);
+        // Another job has the domain.
+        assert_eq!(refuse(peer, 68).procedure, 28);
+        assert!(peer.json(r#"{"return":{}}"#).contains(r#""execute":"cont""#));
+        // libvirt does not answer in time.
+        let late = peer.call();
+        assert!(peer.json(r#"{"return":{}}"#).contains(r#""execute":"cont""#));
+        peer.reply(&late, &[]);
+        // The lease of a disk is another host's now.
+        assert_eq!(refuse(peer, 87).procedure, 28);
+        assert_eq!(refuse(peer, 55).procedure, 34);
+    });
+    qmp.change(&Change::Stop, LONG).unwrap();
+    qmp.change(&Change::Cont, LONG).unwrap();
+    qmp.change(&Change::Cont, LONG).unwrap();
+    qmp.change(&Change::Cont, Duration::from_secs(2)).unwrap();
+    for change in [Change::Cont, Change::Stop] {
+        let error = qmp.change(&change, LONG).unwrap_err();
+        assert!(
+            matches!(&error, QmpError::Libvirt { cause: LibvirtError::Refused { .. }, .. }),
+            "{error}"
+        );
+    }
 }
 
 #[test]

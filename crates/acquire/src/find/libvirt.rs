@@ -87,7 +87,7 @@ impl Domains {
 }
 
 fn listed(socket: &Path, uri: &str) -> Result<Vec<Domain>, qemu::libvirt::LibvirtError> {
-    Libvirt::connect(socket, uri, LIST)?.domains(LIST)
+    Libvirt::connect_to_look(socket, uri, LIST)?.domains(LIST)
 }
 
 /// The host's daemon has its sockets in one place, those of sessions are in the users'.

@@ -188,7 +188,7 @@ enum Way<'a> {
     /// In a file of ours that QEMU has too, as its descriptor `fd`.
     File { guardian: &'a mut Guardian, file: File, fd: u32 },
     /// From libvirt.
-    Libvirt { libvirt: Libvirt, domain: Domain },
+    Libvirt { libvirt: Box<Libvirt>, domain: Domain },
 }
 
 /// Gives QEMU a file in memory, and sees which of QEMU's descriptors it is.
@@ -218,7 +218,7 @@ fn libvirt(known: &LibvirtDomain) -> Result<Way<'static>, SliceError> {
     let mut libvirt = Libvirt::connect(socket, &known.uri, PEEK).map_err(|e| none(&e))?;
     let domain = libvirt.domain(wanted.uuid, PEEK).map_err(|e| none(&e))?;
     match domain.id == wanted.id {
-        true => Ok(Way::Libvirt { libvirt, domain }),
+        true => Ok(Way::Libvirt { libvirt: Box::new(libvirt), domain }),
         false => Err(SliceError::Domain("it was started anew".to_owned())),
     }
 }
