@@ -25,9 +25,24 @@ pub struct Libvirtd {
     logs: Child,
 }
 
+/// Runs a daemon, ends it when it is killed itself, and reaps what the daemon leaves: libvirt waits for a
+/// process to be gone that has ended, and here that is nobody else's duty (prctl 36 is
+/// PR_SET_CHILD_SUBREAPER, 1 PR_SET_PDEATHSIG).
+const REAPER: &str = "
+import ctypes, os, sys
+prctl = ctypes.CDLL(None).prctl
+prctl(36, 1, 0, 0, 0)
+daemon = os.fork()
+if daemon == 0:
+    prctl(1, 9, 0, 0, 0)
+    os.execv(sys.argv[1], sys.argv[1:])
+while os.wait()[0] != daemon:
+    pass
+";
+
 fn start(program: &str) -> Result<Child> {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "TERM", program]);
+    command.args(["--pdeathsig", "KILL", "python3", "-c", REAPER, program]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().doing(format_args!("starting {program}"))
 }
@@ -163,8 +178,9 @@ impl Domain {
             capabilities: Value::Null,
             console,
         };
-        let pid = fs::read_to_string(format!("/run/libvirt/qemu/{name}.pid")).doing("its PID")?;
-        domain.pid = pid.trim().parse()?;
+        let pids = proc::with_argument(&domain.uuid).into_iter();
+        let mut pids = pids.filter(|pid| proc::command_line(*pid).contains("-uuid"));
+        domain.pid = pids.next().ok_or_else(|| failed("no QEMU of the domain"))?;
         let until = Instant::now() + PATIENCE;
         while !fs::read_to_string(&domain.console).unwrap_or_default().contains("guest-ready") {
             if Instant::now() > until {

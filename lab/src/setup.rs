@@ -36,6 +36,11 @@ const NEEDED: [(&str, &str); 12] = [
 const LIBVIRT_DRIVER: &str =
     "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so";
 
+/// The newer QEMU, with all of its modules: libvirt has it load every one, and for one that is missing it
+/// goes to those of the other version, and fails an assertion.
+const NEWER: [&str; 3] =
+    ["qemu-system-x86", "qemu-system-modules-spice", "qemu-system-modules-opengl"];
+
 /// Python packages of the analysis environment.
 const PYTHON: [&str; 2] = ["volatility3==2.28.2", "pakunoda==1.0.9"];
 
@@ -61,7 +66,8 @@ pub fn run() -> Result<Kit> {
     let setup = Setup { apt: PrivateApt { root: kit.root().join("apt") }, kit };
     setup.packages()?;
     setup.step("kernel", "", "Debian's cloud kernel", |to| setup.kernel(to))?;
-    setup.step("qemu-10.0", "", "QEMU 10.0 from Debian's backports", |to| setup.qemu(to))?;
+    let newer = NEWER.join(" ");
+    setup.step("qemu-10.0", &newer, "QEMU 10.0 from Debian's backports", |to| setup.qemu(to))?;
     setup.step("venv", &PYTHON.join(" "), "Volatility 3, pakunoda", |to| setup.python(to))?;
     let sources = format!("{PLANT}{PATTERN}");
     setup.step("plant", &sources, "the program for guests", |to| setup.plant(to))?;
@@ -161,7 +167,7 @@ impl Setup {
         let suite = format!("{}-backports", codename()?);
         let mut get = self.apt.command("apt-get");
         get.args(["install", "-q", "-y", "--no-install-recommends", "--download-only"]);
-        ok(get.args(["-t", &suite, "qemu-system-x86"]))?;
+        ok(get.args(["-t", &suite]).args(NEWER))?;
         unpack_all(&archives, to)?;
         let version = self.kit.qemu_version(Version::V10_0)?;
         if !version.contains("version 10.0") {
