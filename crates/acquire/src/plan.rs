@@ -1097,9 +1097,37 @@ mod tests {
         let any = Wish { consistency: Consistency::Any, ..Wish::default() };
         let plan = choose(&facts(), &any).unwrap();
         assert_eq!((plan.method, plan.class), (Method::Live, Class::None));
-        assert_eq!(plan.rejected.len(), NOT_YET.len() + 3);
+        // All but the one that was taken.
+        assert_eq!(plan.rejected.len(), NOT_YET.len() + METHODS.len() - 1);
         let freeze = plan.rejected.iter().find(|r| r.method == Method::Freeze).unwrap();
         assert!(freeze.reason.contains("ms"), "{freeze:?}");
+    }
+
+    #[test]
+    fn qemu_copies_where_its_monitor_is_ours_and_libvirt_where_it_is_libvirts() {
+        let wish = Wish {
+            method: Some(Method::Pmemsave),
+            slice_bytes: 9000,
+            stall_budget: Duration::from_millis(7),
+            ..Wish::default()
+        };
+        let plan = choose(&facts(), &wish).unwrap();
+        let slices = plan.slices.unwrap();
+        assert_eq!((slices.by, slices.slice_bytes), (SliceWay::Pmemsave, 8192));
+        assert_eq!((plan.class, slices.at_most_ns), (Class::None, 7_000_000));
+        let libvirt = Facts { through_libvirt: true, ..facts() };
+        let plan = choose(&libvirt, &wish).unwrap();
+        assert_eq!(plan.slices.unwrap().by, SliceWay::MemoryPeek);
+        assert!(plan.changes.iter().any(|change| change == TAINT), "{:?}", plan.changes);
+        refused(&Facts { shared_monitor: true, ..facts() }, &wish, "Proxmox");
+    }
+
+    #[test]
+    fn a_vm_that_its_manager_is_at_work_with_is_left_alone() {
+        let locked = Facts { locked_for: Some("backup".into()), ..facts() };
+        let any = Wish { consistency: Consistency::Any, ..Wish::default() };
+        let refusal = refused(&locked, &any, "backup");
+        assert!(!refusal.remedies.is_empty());
     }
 
     /// 3 GiB at 10 GiB/s take 300 ms, and a quarter more.
