@@ -960,6 +960,14 @@ fn changes(facts: &Facts, store: StoreKind, way: Way) -> Vec<String> {
     if facts.through_libvirt {
         changes.push(TAINT.to_owned());
     }
+    if facts.through_libvirt && snapshot.is_some() {
+        changes.push(
+            "QEMU's own stop makes libvirt give up the leases of the domain's disks, where it has a lock \
+             manager (virtlockd), and it does not take them again by itself: `virsh suspend` and `virsh \
+             resume` afterwards do"
+                .to_owned(),
+        );
+    }
     if let Some(PlannedHold { kind: HoldKind::Ptrace, .. }) = hold {
         changes.push(
             "QEMU's threads stand still during the hold; the guest's clock jumps by as much"

@@ -11,8 +11,8 @@
 //! What the host has no memory behind is not asked for: QEMU reads through its mapping, which would give
 //! memory to it. Nor are pages that we could not read ourselves: QEMU would die of them.
 
-use super::process::{PassError, Work, differences, page_runs, put_first};
-use crate::copy::{Cell, Cut, Scratch};
+use super::process::{PassError, Work, bit, differences, page_runs, page_spans, put_first};
+use crate::copy::{Cell, Changed, Cut, PAGE_BYTES, Scratch};
 use crate::find::LibvirtDomain;
 use crate::guardian::{Guardian, GuardianError};
 use crate::plan::PlannedSlices;
@@ -20,6 +20,7 @@ use crate::told;
 use evidence::block::index;
 use evidence::manifest::{SliceWay, Slices};
 use evidence::record::Span;
+use evidence::state::{page_count, pages};
 use evidence::{GuestRange, PAGE, PageState};
 use host::Process;
 use host::process::Fd;
@@ -27,6 +28,7 @@ use qemu::libvirt::{Domain, Libvirt, LibvirtError};
 use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
@@ -56,6 +58,14 @@ pub enum SliceError {
         /// Why.
         #[source]
         cause: LibvirtError,
+    },
+    /// It gave zeros where there are none.
+    #[error(
+        "{at} came as zeros, and is read as something else before and after: a disk may be full"
+    )]
+    Zeros {
+        /// The page.
+        at: GuestRange,
     },
     /// libvirt cannot be reached once more.
     #[error("libvirt does not show the domain to this process: {0}")]
@@ -170,6 +180,9 @@ fn block(
     }
     let copied = Span { t0_ns, t1_ns: work.now() };
     if let Some((changed, first)) = differences(cell.block, theirs, ours, |_| true) {
+        for (at, before) in became_zeros(cell.block, theirs, ours, &changed) {
+            refute(work, at, before)?;
+        }
         cell.first = Some(Box::new(first));
         cell.changed = Some(Box::new(changed));
     }
@@ -181,6 +194,37 @@ fn block(
     cell.stored = if read { copied } else { earlier };
     cell.pass = 1;
     Ok(())
+}
+
+/// The pages that differ and are nothing but zeros in QEMU's copy, each with what was read of it before.
+///
+/// Neither QEMU nor libvirt look whether all of a copy was written: on a full disk its end comes as zeros,
+/// without an error.
+fn became_zeros<'a>(
+    block: GuestRange,
+    theirs: &[u8],
+    ours: &'a [u8],
+    changed: &Changed,
+) -> Vec<(GuestRange, &'a [u8])> {
+    let is_zero = |span: Range<usize>| theirs.get(span).is_some_and(|b| b.iter().all(|b| *b == 0));
+    pages(block)
+        .zip(page_spans(block))
+        .enumerate()
+        .filter(|(page, (_, span))| bit(changed, *page) && is_zero(span.clone()))
+        .filter_map(|(_, (at, span))| Some((at, ours.get(span)?)))
+        .collect()
+}
+
+/// Fails when a page is what it was `before` QEMU copied it: then it was not zeros meanwhile.
+fn refute(work: &Work<'_>, at: GuestRange, before: &[u8]) -> Result<(), PassError> {
+    let (mut now, mut states) = ([0; PAGE_BYTES], [PageState::Hole; 2]);
+    let states = &mut states[..index(page_count(at))];
+    let Some(now) = now.get_mut(..index(at.len())) else { return Ok(()) };
+    work.read(at, now, states)?;
+    match now == before {
+        true => Err(SliceError::Zeros { at }.into()),
+        false => Ok(()),
+    }
 }
 
 /// How a slice comes to us.
@@ -292,5 +336,25 @@ impl Slicer<'_> {
             figures.last_bytes = (figures.last_bytes / 2 / PAGE * PAGE).max(PAGE);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_came_as_zeros_are_looked_at_again() {
+        let block = GuestRange::new(1 << 20, 4 * PAGE).unwrap();
+        let mut ours = vec![7; 4 * PAGE_BYTES];
+        let mut theirs = ours.clone();
+        // Page 1 changed, 2 and 3 came as zeros, of which 3 was zeros before.
+        theirs[PAGE_BYTES] = 8;
+        theirs[2 * PAGE_BYTES..].fill(0);
+        ours[3 * PAGE_BYTES..].fill(0);
+        let (changed, _) = differences(block, &theirs, &ours, |_| true).unwrap();
+        let found = became_zeros(block, &theirs, &ours, &changed);
+        let page = GuestRange::new((1 << 20) + 2 * PAGE, PAGE).unwrap();
+        assert_eq!(found, [(page, &[7; PAGE_BYTES][..])]);
     }
 }
