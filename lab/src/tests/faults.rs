@@ -95,10 +95,10 @@ fn a_partial_name_is_never_complete(lab: &Lab) -> Result<()> {
 
 /// A tmpfs of our own; dropped, it is unmounted.
 #[derive(Debug)]
-struct Tmpfs(PathBuf);
+pub(super) struct Tmpfs(pub(super) PathBuf);
 
 impl Tmpfs {
-    fn mount(lab: &Lab, mib: u64) -> Result<Self> {
+    pub(super) fn mount(lab: &Lab, mib: u64) -> Result<Self> {
         let dir = new_dir(lab, "tmpfs")?;
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "lab"]).arg(&dir);
@@ -159,7 +159,7 @@ fn an_output_that_fills_meanwhile_leaves_nothing_that_passes(lab: &Lab) -> Resul
 }
 
 /// Writes until the file system is full.
-fn fill(path: &Path) -> Result<()> {
+pub(super) fn fill(path: &Path) -> Result<()> {
     let mut file = File::create(path)?;
     for len in [1 << 20, 4096, 1] {
         let bytes = vec![1; len];

@@ -99,7 +99,7 @@ impl<'a> Subject<'a> {
     /// An acquisition, not yet started.
     fn command(&self, out: &Path) -> Result<Command> {
         let mut command = self.lab.tool_command(["acquire", "--method", METHOD, "--json"])?;
-        command.args(FLAGS).arg("-o").arg(out).arg("--").arg(self.guest.pid().to_string());
+        command.args(FLAGS).arg("-o").arg(out).arg(self.guest.pid().to_string());
         Ok(command)
     }
 

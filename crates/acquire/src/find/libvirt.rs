@@ -50,9 +50,11 @@ impl Domains {
     /// Those that libvirts list whose sockets `process` sees; their paths are seen from `root`.
     pub(super) fn seen_by(process: &Process, root: &Path) -> Self {
         let mut domains = Self::default();
-        let listeners = process.unix_listeners().unwrap_or_default();
+        let at = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
+        let mut listeners = process.unix_listeners().unwrap_or_default();
+        // Who shares the network without the mounts has his socket somewhere else.
+        listeners.retain(|path| at(path).exists());
         for (list, socket) in choose(&listeners) {
-            let at = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
             let uri = uri(&socket);
             match listed(&at(&list), uri) {
                 Ok(found) => domains.add(&at(&socket), uri, found),

@@ -9,9 +9,10 @@ use lab::tearcheck::utc_ns;
 use lab::{Doing, Lab, Result, Ring, failed, here, runner};
 use serde_json::{Value, json};
 
-use super::super::faults::until_migration_is;
-use super::super::run::{Ended, await_dead, kill, new_dir, recover, undo_files, verify};
-use super::{Left, Subject};
+use super::super::faults::{Tmpfs, fill, until_migration_is};
+use super::super::run::{Ended, Running, await_dead, kill, new_dir, recover, undo_files, verify};
+use super::pulse::Pulse;
+use super::{Left, Subject, in_time};
 
 pub(crate) const TESTS: &[runner::Test] = here![
     a_reset_meanwhile,
@@ -21,6 +22,7 @@ pub(crate) const TESTS: &[runner::Test] = here![
     a_dimm_meanwhile,
     qemu_quits_meanwhile,
     qemu_is_killed_meanwhile,
+    a_full_disk_holds_nobody_up,
 ];
 
 /// The settings of a guest that takes DIMMs.
@@ -231,4 +233,41 @@ fn qemu_is_killed_meanwhile(lab: &Lab) -> Result<()> {
         await_dead(&[subject.guest.pid()])
     })?;
     ends_partial(subject, ended, left)
+}
+
+/// A disk that is too small is refused before QEMU is told anything; one that others fill while the stream
+/// is read holds nobody up, for the room was set aside.
+fn a_full_disk_holds_nobody_up(lab: &Lab) -> Result<()> {
+    let mut subject = boot(lab)?;
+    let small = Tmpfs::mount(lab, 64)?;
+    let events = subject.guest.events()?;
+    let mut command = subject.command(&small.0)?;
+    command.args(["--store", "disk"]);
+    Running::start(command)?.end()?.expect(4)?;
+    assert_eq!(subject.guest.events()?, events, "the guest was touched");
+    drop(small);
+    fs::remove_dir(lab.scratch().join("tmpfs"))?;
+
+    let space = Tmpfs::mount(lab, 800)?;
+    let pulse = Pulse::start(&mut subject.guest, &subject.ring)?;
+    let mut command = subject.command(&space.0)?;
+    command.args(["--store", "disk", "--force-output"]);
+    let mut run = Running::start(command)?;
+    let midway = subject.await_stream(&mut run, 0.05)? && subject.is_midway()?;
+    let filler = space.0.join("filler");
+    fill(&filler)?;
+    let ended = run.end()?;
+    fs::remove_file(filler)?;
+    let stalls = pulse.end()?;
+    in_time(stalls)?;
+    let left = subject.judge(&space.0, &ended)?;
+    println!("         filled midway {midway}: {}, {left:?}, {stalls:?}", ended.status);
+    let fits = match ended.status.code() {
+        Some(0) => left == Left::Whole,
+        Some(1) => left != Left::Whole,
+        _ => false,
+    };
+    assert!(fits, "{}: {left:?}", ended.status);
+    subject.assert_clean()?;
+    subject.guest.finish()
 }
