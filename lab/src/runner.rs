@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::error::{Doing, Failure, Result, failed, timed_out};
+use crate::error::{Doing, Failure, Result, failed, skipped, timed_out};
 use crate::guest::{Builder, fresh_dir};
 use crate::kit::Kit;
 use crate::outer::Outer;
@@ -99,6 +99,11 @@ impl Lab {
     /// `ci` in the ordinary run, `full` in a full one.
     pub fn scale<T>(&self, ci: T, full: T) -> T {
         if self.full { full } else { ci }
+    }
+
+    /// Ends a test here unless this is a full run: for what takes long and is held by others in part.
+    pub fn only_when_full(&self) -> Result<()> {
+        if self.full { Ok(()) } else { Err(skipped("takes long: only in a full run")) }
     }
 
     /// A directory for what the test makes; emptied after each test.

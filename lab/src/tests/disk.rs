@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use lab::diskcheck::{Runs, Scan, Verdict};
 use lab::diskread::{Aio, Diskread, SlowDisk, write_disk};
-use lab::{Guest, Lab, Result, Version, failed, here, outer, skipped};
+use lab::{Guest, Lab, Result, Version, failed, here, outer};
 use serde_json::Value;
 
 use super::exhibit::acquire_at_best;
@@ -311,9 +311,7 @@ fn beyond_the_horizon(lab: &Lab, subject: &Subject, disk: &SlowDisk) -> Result<(
 /// holds the guest land between its two looks at a page, and the second voids the class of some images.
 /// QEMU's `stop` waits for them.
 fn others_have_what_a_slow_disk_wrote(lab: &Lab) -> Result<()> {
-    if !lab.full {
-        return Err(skipped("takes minutes: only in a full run"));
-    }
+    lab.only_when_full()?;
     let disk = SlowDisk::new()?;
     for aios in groups(lab) {
         disk.set(|_| Duration::ZERO)?;

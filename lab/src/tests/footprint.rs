@@ -247,6 +247,7 @@ fn merged_pages_stay_merged(lab: &Lab) -> Result<()> {
 /// Debian's 6.1 does not tear pages apart for a reader, newer kernels do: so the control is KSM's
 /// own way to take a merge back.
 fn merged_pages_stay_merged_on_a_kvm_host(lab: &Lab) -> Result<()> {
+    lab.only_when_full()?;
     let (ksm, _small) = (Ksm::start()?, SmallPages::only()?);
     let guest = merged_guest(lab)?;
     Ksm::set("run", "0")?;

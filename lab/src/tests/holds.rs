@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use lab::{Backing, Doing, Guest, Lab, Places, Qmp, Result, Ring, failed, proc, skipped};
+use lab::{Backing, Doing, Guest, Lab, Places, Qmp, Result, Ring, failed, proc};
 use lab::{here, outer};
 use serde_json::{Value, json};
 
@@ -313,9 +313,7 @@ fn holds_by_stop_leave_no_trace(lab: &Lab) -> Result<()> {
 /// A host that is translated itself cannot read a Linux guest in the second that ptrace may hold it:
 /// so Linux's clocks are looked at under QEMU's `stop`, and ptrace holds the ring.
 fn holds_of_a_kvm_guest_leave_no_trace(lab: &Lab) -> Result<()> {
-    if !lab.full {
-        return Err(skipped("takes minutes: only in a full run"));
-    }
+    lab.only_when_full()?;
     many(lab, "stop", 50, &[])?;
     let (socket, monitor) = monitor(lab);
     let args = monitor.each_ref().map(String::as_str);

@@ -22,6 +22,7 @@ fn a_kvm_guest_runs_on_both_qemus(lab: &Lab) -> Result<()> {
 }
 
 fn hugepages_back_a_guest(lab: &Lab) -> Result<()> {
+    lab.only_when_full()?;
     lab::outer::reserve_hugepages(64)?;
     for backing in [Backing::HugetlbShared, Backing::HugetlbPrivate] {
         let mut guest = lab.guest().backing(backing).memory_mib(128).boot()?;

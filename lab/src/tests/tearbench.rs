@@ -5,9 +5,7 @@
 use lab::tear::{Controls, Runs};
 use lab::tearbench::{Options, Tearbench};
 use lab::tearcheck::{Declared, Ledger, Offset, Report, Scan, utc_ns};
-use lab::{
-    Accel, Backing, Builder, Doing, Guest, Lab, Result, Version, failed, here, outer, skipped,
-};
+use lab::{Accel, Backing, Builder, Doing, Guest, Lab, Result, Version, failed, here, outer};
 use serde_json::Value;
 
 use super::exhibit::acquire;
@@ -268,9 +266,7 @@ fn freeze_of_linux_is_one_instant(lab: &Lab) -> Result<()> {
 /// A host that is translated itself cannot read a Linux guest in the second that ptrace may hold it:
 /// so it is held by QEMU's `stop`. An image takes half a minute.
 fn freeze_of_linux_under_kvm_is_one_instant(lab: &Lab) -> Result<()> {
-    if !lab.full {
-        return Err(skipped("takes two minutes and more: only in a full run"));
-    }
+    lab.only_when_full()?;
     let trial = Trial {
         method: "freeze",
         flags: &["--hold", "stop", "--stall-budget", "60s", "--file-digest", "no"],
@@ -285,9 +281,7 @@ fn freeze_of_linux_under_kvm_is_one_instant(lab: &Lab) -> Result<()> {
 
 /// The guest works on while it is followed, and is held for less than a second each time.
 fn track_of_linux_under_kvm_is_one_instant(lab: &Lab) -> Result<()> {
-    if !lab.full {
-        return Err(skipped("takes some minutes: only in a full run"));
-    }
+    lab.only_when_full()?;
     let trial = Trial {
         method: "track",
         flags: &["--stall-budget", "950ms", "--io-horizon", "50ms", "--file-digest", "no"],
