@@ -8,6 +8,7 @@
 //! A crash's input, kept under `seeds/TARGET/`, is run first from then on.
 #![forbid(unsafe_code)]
 
+pub mod dump;
 pub mod image;
 pub mod libvirt;
 pub mod monitor;
@@ -21,9 +22,10 @@ pub mod verify;
 pub type Seeds = (&'static str, fn() -> Vec<Vec<u8>>);
 
 /// The seeds of every target.
-pub const SEEDS: [Seeds; 17] = [
+pub const SEEDS: [Seeds; 18] = [
     ("blocks", record::blocks_seeds),
     ("cmdline", process::cmdline_seeds),
+    ("dump", dump::seeds),
     ("elf", image::elf_seeds),
     ("gpa2hva", monitor::gpa2hva_seeds),
     ("journal", record::journal_seeds),

@@ -47,8 +47,8 @@ impl Sink for Checked {
     }
 }
 
-/// As many bytes at a time as the first one of `data` says.
-struct Pieces<'a>(&'a [u8], usize);
+/// Bytes, at most so many at a time.
+pub(crate) struct Pieces<'a>(pub(crate) &'a [u8], pub(crate) usize);
 
 impl io::Read for Pieces<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {

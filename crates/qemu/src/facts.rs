@@ -117,6 +117,17 @@ impl Migration {
     }
 }
 
+/// QEMU's last dump (`query-dump`, and the `result` of the event `DUMP_COMPLETED`).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Dump {
+    /// QEMU's word: `none`, `active`, `completed`, `failed`.
+    pub status: String,
+    /// Bytes of memory written.
+    pub completed: u64,
+    /// Bytes of memory to be written; 0 when there was no dump yet.
+    pub total: u64,
+}
+
 /// QEMU's watchdog devices (`hw/watchdog/`); the one in ICH9-LPC aside.
 const WATCHDOGS: [&str; 8] = [
     "i6300esb",
@@ -301,6 +312,16 @@ impl<'a> Facts<'a> {
         let said: Migration = self.query(Command::QueryMigrate)?;
         let short = |text: Option<String>| text.map(|text| Excerpt::new(&text).to_string());
         Ok(Migration { status: short(said.status), error_desc: short(said.error_desc), ..said })
+    }
+
+    /// What QEMU says of its last dump (`query-dump`). `failed` before the guest runs again: the event
+    /// RESUME tells of that.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn dump(&mut self) -> Result<Dump, QmpError> {
+        let said: Dump = self.query(Command::QueryDump)?;
+        Ok(Dump { status: Excerpt::new(&said.status).to_string(), ..said })
     }
 
     /// All capabilities of migration that this QEMU has, and which are set.

@@ -1,8 +1,8 @@
 //! Everything that a new QEMU may change: its command line, QMP, the texts of its monitor.
 //!
-//! Nothing here reads guest memory, but for [`stream`], which is sent it. The commands that can be
-//! sent are the members of [`qmp::Command`] and [`qmp::Hmp`], all of them queries, and those of
-//! [`qmp::Change`], which stop a guest and let it go on, or have QEMU take a snapshot.
+//! Nothing here reads guest memory, but for [`stream`] and [`dump`], which are sent it. The commands
+//! that can be sent are the members of [`qmp::Command`] and [`qmp::Hmp`], all of them queries, and those
+//! of [`qmp::Change`], which stop a guest and let it go on, or have QEMU take a snapshot or a dump.
 //!
 //! ```text
 //! cmdline   argv -> name, UUID, RAM, monitors        (no monitor is opened)
@@ -13,11 +13,13 @@
 //! owner     flat range -> what kind of memory it is
 //! view      qmp -> the guest's memory as QEMU sees it
 //! stream    migration stream -> blocks, pages, devices (hostile input)
+//! dump      dump-guest-memory -> ranges, registers, memory (hostile input)
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod cmdline;
 mod deadline;
+pub mod dump;
 pub mod facts;
 mod frame;
 pub mod gpa2hva;

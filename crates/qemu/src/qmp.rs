@@ -57,6 +57,8 @@ pub enum Command {
     QueryCommands,
     /// `query-cpus-fast`
     QueryCpusFast,
+    /// `query-dump`
+    QueryDump,
     /// `query-kvm`
     QueryKvm,
     /// `query-memory-devices`
@@ -98,6 +100,7 @@ impl Command {
             Self::QueryBlockstats => "query-blockstats",
             Self::QueryCommands => "query-commands",
             Self::QueryCpusFast => "query-cpus-fast",
+            Self::QueryDump => "query-dump",
             Self::QueryKvm => "query-kvm",
             Self::QueryMemoryDevices => "query-memory-devices",
             Self::QueryMemorySizeSummary => "query-memory-size-summary",
@@ -144,6 +147,19 @@ pub enum Change {
         /// The file, which QEMU truncates first.
         file: String,
     },
+    /// `dump-guest-memory`: QEMU stops the guest and writes an ELF core, without paging, to the
+    /// descriptor that was passed; then it lets go on a guest that ran. For as long as nobody reads, the
+    /// guest stands and nothing but the other end's closing ends it (`docs/dump.md`). Taken back by that.
+    DumpToFd {
+        /// The name under which the descriptor was passed. It is used up; but not when the command is
+        /// refused for its arguments, or for a dump under way.
+        name: String,
+        /// The monitor answers meanwhile, and `DUMP_COMPLETED` tells of the end. Without it the answer
+        /// comes at the end, and QEMU answers nobody until then.
+        detach: bool,
+        /// First guest-physical address and number of bytes, at least 1; all memory without it.
+        range: Option<(u64, u64)>,
+    },
 }
 
 impl Change {
@@ -157,6 +173,7 @@ impl Change {
             Self::MigrateToFd(_) => "migrate",
             Self::MigrateCancel => "migrate_cancel",
             Self::Pmemsave { .. } => "pmemsave",
+            Self::DumpToFd { .. } => "dump-guest-memory",
         }
     }
 
@@ -169,6 +186,15 @@ impl Change {
             Self::MigrateToFd(name) => json!({ "uri": format!("fd:{name}") }),
             Self::Pmemsave { gpa, len, file } => {
                 json!({ "val": gpa, "size": len, "filename": file })
+            }
+            Self::DumpToFd { name, detach, range } => {
+                let mut arguments =
+                    json!({ "paging": false, "protocol": format!("fd:{name}"), "detach": detach });
+                if let Some((begin, length)) = range {
+                    arguments["begin"] = json!(begin);
+                    arguments["length"] = json!(length);
+                }
+                arguments
             }
         }
     }
@@ -682,7 +708,7 @@ impl Qmp {
     }
 
     /// `getfd`: gives QEMU a copy of `fd` under `name`, which replaces one of that name. Taken back
-    /// by [`Change::CloseFd`], and used up by [`Change::MigrateToFd`].
+    /// by [`Change::CloseFd`], and used up by [`Change::MigrateToFd`] and [`Change::DumpToFd`].
     ///
     /// # Errors
     /// As [`Qmp::execute`]. A QEMU that is not reached by a socket of its own, as through a proxy,

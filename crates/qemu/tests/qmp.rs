@@ -5,10 +5,12 @@
 #![allow(clippy::unwrap_used)]
 
 use qemu::facts::Facts;
-use qemu::qmp::{Command, Hmp, MAX_EVENTS, MAX_MESSAGE, Outcome, peer_of};
+use qemu::qmp::{Change, Command, Hmp, MAX_EVENTS, MAX_MESSAGE, Outcome, peer_of};
 use qemu::{Qmp, QmpError};
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -381,4 +383,57 @@ fn the_transcript_holds_every_command() {
     );
     assert_eq!(told[1].1, json!({ "command-line": "info registers -a" }));
     assert!(told[2].3.as_deref().unwrap().contains("GenericError"));
+}
+
+#[test]
+fn a_dump_goes_to_a_descriptor_that_was_passed() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let mut qmp = greeted(move |peer| {
+        for _ in 0..2 {
+            let command = peer.answer(json!({}));
+            tell.send(command).unwrap();
+        }
+        let id = peer.command()["id"].clone();
+        let desc = "dump: failed to save memory: Broken pipe";
+        let result = json!({ "total": 5_000_000_000u64, "status": "failed", "completed": 61440 });
+        let data = json!({ "result": result, "error": desc });
+        let time = json!({ "seconds": 1, "microseconds": 2 });
+        peer.send(
+            json!({ "event": "DUMP_COMPLETED", "data": data, "timestamp": time }).to_string(),
+        );
+        let error = json!({ "class": "GenericError", "desc": desc });
+        peer.send(json!({ "error": error, "id": id }).to_string());
+        tell.send(peer.answer(result)).unwrap();
+    });
+    let (reader, writer) = std::io::pipe().unwrap();
+    qmp.pass("dump", writer.as_fd(), LONG).unwrap();
+    drop((reader, writer));
+    assert_eq!(told.recv().unwrap()["execute"], "getfd");
+    let dump = |detach, range| Change::DumpToFd { name: "dump".into(), detach, range };
+    qmp.change(&dump(true, None), LONG).unwrap();
+    let command = told.recv().unwrap();
+    assert_eq!(command["execute"], "dump-guest-memory");
+    let arguments = json!({ "paging": false, "protocol": "fd:dump", "detach": true });
+    assert_eq!(command["arguments"], arguments);
+
+    let error = qmp.change(&dump(false, Some((0x1000, 1))), LONG).unwrap_err();
+    assert!(error.to_string().contains("Broken pipe"), "{error}");
+    let event = qmp.take_events().remove(0);
+    assert_eq!(event.name, "DUMP_COMPLETED");
+    let last = Facts::of(&mut qmp, LONG).dump().unwrap();
+    assert_eq!(last, qemu::facts::Dump::deserialize(&event.data["result"]).unwrap());
+    assert_eq!((last.status.as_str(), last.total), ("failed", 5_000_000_000));
+    assert_eq!(told.recv().unwrap()["execute"], "query-dump");
+}
+
+#[test]
+fn a_dump_of_a_range_says_so() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let mut qmp = greeted(move |peer| tell.send(peer.answer(json!({}))).unwrap());
+    let range = Some((1 << 32, 1));
+    let change = Change::DumpToFd { name: "d".into(), detach: false, range };
+    qmp.change(&change, LONG).unwrap();
+    let arguments = json!({ "paging": false, "protocol": "fd:d", "detach": false,
+        "begin": 4_294_967_296u64, "length": 1 });
+    assert_eq!(told.recv().unwrap()["arguments"], arguments);
 }

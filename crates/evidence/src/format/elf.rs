@@ -224,22 +224,39 @@ pub fn note_bytes(notes: &[Note]) -> Result<Vec<u8>, FormatError> {
     Ok(bytes)
 }
 
+/// A note as it lies in a file. Its name is for its reader to judge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawNote<'a> {
+    /// `n_namesz` bytes: the name, with the closing NUL if it has one.
+    pub name: &'a [u8],
+    /// `n_type`.
+    pub kind: u32,
+    /// `n_descsz` bytes: its content.
+    pub desc: &'a [u8],
+}
+
+/// The note that `bytes` begin with, and what lies behind its padding; `None` when it is cut short.
+pub fn first_note(bytes: &[u8]) -> Option<(RawNote<'_>, &[u8])> {
+    let mut fields = Fields(bytes);
+    let (namesz, descsz, kind) = (fields.u32()?, fields.u32()?, fields.u32()?);
+    let (name, desc) = (fields.padded(namesz)?, fields.padded(descsz)?);
+    Some((RawNote { name, kind, desc }, fields.0))
+}
+
 /// Takes notes apart. The padding between them is not looked at.
 ///
 /// # Errors
 /// [`FormatError::Note`] names the first that is cut short or has no proper name;
 /// [`FormatError::Limit`] when they are more than [`MAX_NOTES`].
 pub fn parse_notes(bytes: &[u8]) -> Result<Vec<Note>, FormatError> {
-    let mut fields = Fields(bytes);
+    let mut rest = bytes;
     let mut notes = Vec::new();
-    while !fields.0.is_empty() {
+    while !rest.is_empty() {
         let index = notes.len();
         check_limit("notes", count(&notes).saturating_add(1), MAX_NOTES)?;
-        let mut take = || {
-            let (namesz, descsz, kind) = (fields.u32()?, fields.u32()?, fields.u32()?);
-            Some((fields.padded(namesz)?, kind, fields.padded(descsz)?))
-        };
-        let (name, kind, desc) = take().ok_or(FormatError::Note { index, why: "is cut short" })?;
+        let cut_short = FormatError::Note { index, why: "is cut short" };
+        let (RawNote { name, kind, desc }, behind) = first_note(rest).ok_or(cut_short)?;
+        rest = behind;
         let name = name
             .split_last()
             .filter(|(nul, name)| **nul == 0 && !name.is_empty() && !name.contains(&0))
