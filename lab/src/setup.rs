@@ -29,7 +29,7 @@ const NEEDED: [(&str, &str); 12] = [
     ("/usr/sbin/libvirtd", "libvirt-daemon"),
     (LIBVIRT_DRIVER, "libvirt-daemon-driver-qemu"),
     // With QEMU's user.
-    ("/usr/share/doc/libvirt-daemon-system", "libvirt-daemon-system"),
+    ("/etc/libvirt/libvirtd.conf", "libvirt-daemon-system"),
     ("/usr/bin/virsh", "libvirt-clients"),
 ];
 
