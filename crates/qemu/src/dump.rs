@@ -284,7 +284,7 @@ impl<R: Read> Memory<R> {
             while gpa < range.end() {
                 let given = whole_pages(gpa, range.end(), self.input.unread());
                 if given.is_empty() {
-                    if !self.input.fill()? {
+                    if !self.input.more()? {
                         return Err(DumpError::MemoryCut { at: self.input.end(), range, gpa });
                     }
                     continue;
@@ -299,7 +299,7 @@ impl<R: Read> Memory<R> {
         if self.names {
             self.input.expect(header::NAMES, "the sections' names")?;
         }
-        match self.input.unread().is_empty() && !self.input.fill()? {
+        match self.input.unread().is_empty() && !self.input.more()? {
             true => Ok(()),
             false => Err(DumpError::Trailing { at: self.input.at() }),
         }

@@ -17,6 +17,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod ahead;
 pub mod cmdline;
 mod deadline;
 pub mod dump;

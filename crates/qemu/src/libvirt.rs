@@ -695,7 +695,7 @@ impl Libvirt {
     }
 
     /// Guest-physical memory by QEMU's `pmemsave`, at most [`MAX_PEEK`] bytes. libvirt lets QEMU write it
-    /// into a file on the host's disk (`qemu.mem.XXXXXX`, 0600, in the domain's directory below
+    /// into a file on the host's disk (`qemu.mem.` and six letters, 0600, in the domain's directory below
     /// `/var/lib/libvirt/qemu`; of older ones in libvirt's cache), reads that, and removes it.
     ///
     /// As many bytes come as were asked for, whatever the file held: libvirt (9.0.0, `qemuDomainMemoryPeek`)

@@ -460,6 +460,19 @@ struct Socket {
     next_id: u64,
     /// Ids of commands that timed out: their late answers are dropped.
     given_up: BTreeSet<u64>,
+    /// A command was sent in part: whatever follows is no command.
+    torn: bool,
+}
+
+/// A command on its way.
+#[derive(Clone, Copy)]
+struct Request<'a> {
+    word: &'static str,
+    arguments: &'a Value,
+    /// Goes with it.
+    fd: Option<BorrowedFd<'a>>,
+    once: Once,
+    deadline: Deadline,
 }
 
 /// A domain's monitor through libvirt.
@@ -540,8 +553,13 @@ impl Qmp {
             .set_nonblocking(false)
             .map_err(|source| QmpError::Connect { path: path.into(), source })?;
         let none = VersionNumber { major: 0, minor: 0, micro: 0 };
-        let socket =
-            Socket { stream, framer: Framer::default(), next_id: 1, given_up: BTreeSet::new() };
+        let socket = Socket {
+            stream,
+            framer: Framer::default(),
+            next_id: 1,
+            given_up: BTreeSet::new(),
+            torn: false,
+        };
         let mut qmp = Self {
             wire: Wire::Socket(socket),
             path: path.into(),
@@ -802,7 +820,8 @@ impl Qmp {
         fd: Option<BorrowedFd<'_>>,
         deadline: Deadline,
     ) -> Result<Value, QmpError> {
-        let result = self.exchange(command, &arguments, once, fd, deadline);
+        let request = Request { word: command, arguments: &arguments, fd, once, deadline };
+        let result = self.exchange(request);
         let finished = Instant::now();
         if let Some(transcript) = self.transcript.as_mut().filter(|_| !self.quiet) {
             transcript(&Exchange {
@@ -817,36 +836,30 @@ impl Qmp {
         result
     }
 
-    fn exchange(
-        &mut self,
-        doing: &'static str,
-        arguments: &Value,
-        once: Once,
-        fd: Option<BorrowedFd<'_>>,
-        deadline: Deadline,
-    ) -> Result<Value, QmpError> {
+    fn exchange(&mut self, request: Request<'_>) -> Result<Value, QmpError> {
+        let Request { word, deadline, .. } = request;
         if !self.usable {
             return Err(QmpError::Broken);
         }
         if deadline.left().is_none() {
             // Nothing was sent: the connection is as good as before.
-            return Err(QmpError::Timeout { doing, waited: deadline.length });
+            return Err(QmpError::Timeout { doing: word, waited: deadline.length });
         }
-        let events = &mut self.events;
-        let answer = match &mut self.wire {
-            Wire::Socket(socket) => socket.exchange(doing, arguments, fd, events, deadline),
-            Wire::Libvirt(passage) => {
-                passage.exchange(doing, arguments, once, fd, events, deadline)
+        let (answer, torn) = match &mut self.wire {
+            Wire::Socket(socket) => {
+                let answer = socket.exchange(request, &mut self.events);
+                (answer, socket.torn)
             }
+            Wire::Libvirt(passage) => (passage.exchange(request, &mut self.events), false),
         };
         match answer {
             // A late answer is waited for no more, and the next command may be tried.
-            Err(error @ QmpError::Timeout { .. }) => Err(error),
+            Err(error @ QmpError::Timeout { .. }) if !torn => Err(error),
             Ok(Ok(value)) => Ok(value),
-            Ok(Err((class, desc))) => Err(QmpError::Refused { command: doing, class, desc }),
+            Ok(Err((class, desc))) => Err(QmpError::Refused { command: word, class, desc }),
             // So may it after a refusal.
             Err(error) if error.outcome() == Outcome::Refused => Err(error),
-            other => self.poison(other.map(|_| Value::Null)),
+            Err(error) => self.poison(Err(error)),
         }
     }
 
@@ -874,13 +887,10 @@ impl Passage {
     /// One command and its answer.
     fn exchange(
         &mut self,
-        doing: &'static str,
-        arguments: &Value,
-        once: Once,
-        fd: Option<BorrowedFd<'_>>,
+        request: Request<'_>,
         events: &mut Queue<Event>,
-        deadline: Deadline,
     ) -> Result<Answer, QmpError> {
+        let Request { word: doing, arguments, fd, once, deadline } = request;
         let line = json!({ "execute": doing, "arguments": arguments }).to_string();
         loop {
             let left = deadline.left().unwrap_or_default();
@@ -995,18 +1005,18 @@ impl Socket {
     /// One command and its answer; its id is sent with it.
     fn exchange(
         &mut self,
-        doing: &'static str,
-        arguments: &Value,
-        fd: Option<BorrowedFd<'_>>,
+        request: Request<'_>,
         events: &mut Queue<Event>,
-        deadline: Deadline,
     ) -> Result<Answer, QmpError> {
+        let Request { word: doing, arguments, fd, deadline, .. } = request;
         let id = self.next_id;
         self.next_id += 1;
         let mut line =
             json!({ "execute": doing, "arguments": arguments, "id": id }).to_string().into_bytes();
         line.push(b'\n');
+        self.torn = true;
         self.send(doing, &line, fd, deadline)?;
+        self.torn = false;
         loop {
             let message = match self.receive(doing, deadline) {
                 Err(error @ QmpError::Timeout { .. }) => {

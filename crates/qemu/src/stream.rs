@@ -299,7 +299,7 @@ pub fn read(from: impl Read, sink: &mut impl Sink, limit: usize) -> Result<Rest,
     let (tail_at, tail_kept) = (input.at(), input.kept().len());
     input.keep_rest()?;
     let len = input.at();
-    let device_state = input.into_kept();
+    let device_state = input.take_kept();
     let tail = device_state.get(tail_kept..).unwrap_or_default();
     let described = description::find(tail, tail_at)?;
     let unaccounted = described.walk(tail, tail_at, &virtio_mem);

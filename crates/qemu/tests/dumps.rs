@@ -3,13 +3,15 @@
 // Helpers of tests are tests: a panic is their verdict.
 #![allow(clippy::unwrap_used)]
 
+mod recorded;
+
 use proptest::prelude::*;
 use qemu::dump::{self, DumpError, Head, Machine, Registers, SegmentRegister};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// More than any of these has before memory.
 const LIMIT: usize = 16 << 10;
@@ -26,23 +28,17 @@ struct Golden {
 }
 
 fn goldens() -> Vec<Golden> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/dumps");
-    let mut list = Vec::new();
-    for version in ["7.2", "10.0"] {
-        let mut dirs: Vec<PathBuf> =
-            fs::read_dir(root.join(version)).unwrap().map(|entry| entry.unwrap().path()).collect();
-        dirs.sort();
-        for dir in dirs {
-            let text = |file: &str| fs::read_to_string(dir.join(file)).unwrap();
-            list.push(Golden {
-                name: format!("{version}-{}", dir.file_name().unwrap().to_str().unwrap()),
-                head: fs::read(dir.join("head.elf")).unwrap(),
-                byte: fs::read(dir.join("byte.elf")).unwrap(),
-                registers: text("registers.txt"),
-                facts: serde_json::from_str(&text("facts.json")).unwrap(),
-            });
+    let golden = |(name, dir): (String, PathBuf)| {
+        let text = |file: &str| fs::read_to_string(dir.join(file)).unwrap();
+        Golden {
+            name,
+            head: fs::read(dir.join("head.elf")).unwrap(),
+            byte: fs::read(dir.join("byte.elf")).unwrap(),
+            registers: text("registers.txt"),
+            facts: serde_json::from_str(&text("facts.json")).unwrap(),
         }
-    }
+    };
+    let list: Vec<Golden> = recorded::machines("dumps").into_iter().map(golden).collect();
     assert_eq!(list.len(), 19, "eight machines of two versions, three of ARM");
     list
 }

@@ -8,6 +8,8 @@
 // Helpers of tests are tests: a panic is their verdict.
 #![allow(clippy::unwrap_used)]
 
+mod recorded;
+
 use qemu::mtree::{Entry, FlatView};
 use qemu::view::{GuestView, ViewError};
 use qemu::{FlatViews, Qmp, facts, ramblock};
@@ -29,19 +31,8 @@ struct Golden {
 }
 
 fn goldens() -> Vec<Golden> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let children = |dir: &Path| -> Vec<PathBuf> {
-        let mut list: Vec<_> =
-            fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-        list.sort();
-        list
-    };
-    let dirs = children(&root).into_iter().flat_map(|version| children(&version));
-    let name = |dir: &Path| {
-        let relative = dir.strip_prefix(&root).unwrap();
-        relative.to_str().unwrap().replace('/', "-")
-    };
-    let list: Vec<_> = dirs.map(|dir| Golden { name: name(&dir), dir }).collect();
+    let golden = |(name, dir)| Golden { name, dir };
+    let list: Vec<Golden> = recorded::machines("golden").into_iter().map(golden).collect();
     assert_eq!(list.len(), 20, "two versions of ten machines");
     list
 }

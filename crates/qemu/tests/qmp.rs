@@ -437,3 +437,20 @@ fn a_dump_of_a_range_says_so() {
         "begin": 4_294_967_296u64, "length": 1 });
     assert_eq!(told.recv().unwrap()["arguments"], arguments);
 }
+
+/// A command of which a part was sent would run into the next one.
+#[test]
+fn after_a_command_that_was_not_sent_whole_the_connection_is_not_used_again() {
+    let (done, wait) = std::sync::mpsc::channel::<()>();
+    let mut qmp = greeted(move |_| {
+        // It reads nothing until the client has given up.
+        let _ = wait.recv();
+    });
+    let tiny = Duration::from_millis(1);
+    let ends = (0..50_000).find_map(|_| match qmp.execute(Command::QueryStatus, json!({}), tiny) {
+        Err(QmpError::Timeout { .. }) => None,
+        other => Some(other),
+    });
+    assert!(matches!(ends, Some(Err(QmpError::Broken))), "{ends:?}");
+    drop(done);
+}

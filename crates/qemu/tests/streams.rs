@@ -3,6 +3,8 @@
 // Helpers of tests are tests: a panic is their verdict.
 #![allow(clippy::unwrap_used)]
 
+mod recorded;
+
 use qemu::ramblock;
 use qemu::stream::{self, Block, PAGE, Rest, Sink, StreamError};
 use serde_json::Value;
@@ -10,7 +12,7 @@ use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// More than any of these streams has beside its pages.
 const LIMIT: usize = 1 << 20;
@@ -23,22 +25,16 @@ struct Golden {
 }
 
 fn goldens() -> Vec<Golden> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/streams");
-    let mut list = Vec::new();
-    for version in ["7.2", "10.0"] {
-        let mut dirs: Vec<PathBuf> =
-            fs::read_dir(root.join(version)).unwrap().map(|entry| entry.unwrap().path()).collect();
-        dirs.sort();
-        for dir in dirs {
-            let text = |file: &str| fs::read_to_string(dir.join(file)).unwrap();
-            list.push(Golden {
-                name: format!("{version}-{}", dir.file_name().unwrap().to_str().unwrap()),
-                stream: zstd::decode_all(fs::File::open(dir.join("stream.zst")).unwrap()).unwrap(),
-                ramblock: ramblock::parse(&text("ramblock.txt")).unwrap(),
-                expect: serde_json::from_str(&text("expect.json")).unwrap(),
-            });
+    let golden = |(name, dir): (String, PathBuf)| {
+        let text = |file: &str| fs::read_to_string(dir.join(file)).unwrap();
+        Golden {
+            name,
+            stream: zstd::decode_all(fs::File::open(dir.join("stream.zst")).unwrap()).unwrap(),
+            ramblock: ramblock::parse(&text("ramblock.txt")).unwrap(),
+            expect: serde_json::from_str(&text("expect.json")).unwrap(),
         }
-    }
+    };
+    let list: Vec<Golden> = recorded::machines("streams").into_iter().map(golden).collect();
     assert_eq!(list.len(), 16, "two versions of eight machines");
     list
 }

@@ -1,103 +1,58 @@
 //! The dump's bytes: one buffer that memory is lent from, and all that stands before it beside it.
 
 use super::DumpError;
+use crate::ahead::{Ahead, NoRoom};
 use crate::text::Excerpt;
-use std::io::{ErrorKind, Read};
+use std::io::Read;
+use std::ops::{Deref, DerefMut};
 
-/// Bytes read at a time: a pipe holds 64 KiB unless it was widened, a socket about 200 KiB.
-const BUFFER: usize = 256 << 10;
+/// The bytes, with the errors of a dump.
+pub(super) struct Input<R>(Ahead<R>);
 
-/// Reads ahead in `buffer`, whose unread part is `start..end`.
-pub(super) struct Input<R> {
-    from: R,
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-    at: u64,
-    kept: Vec<u8>,
-    limit: usize,
+impl<R> Deref for Input<R> {
+    type Target = Ahead<R>;
+
+    fn deref(&self) -> &Ahead<R> {
+        &self.0
+    }
+}
+
+impl<R> DerefMut for Input<R> {
+    fn deref_mut(&mut self) -> &mut Ahead<R> {
+        &mut self.0
+    }
 }
 
 impl<R: Read> Input<R> {
     pub(super) fn new(from: R, limit: usize) -> Self {
-        Self { from, buffer: vec![0; BUFFER], start: 0, end: 0, at: 0, kept: Vec::new(), limit }
+        Self(Ahead::new(from, limit))
     }
 
-    /// Offset in the stream of the next byte.
-    pub(super) fn at(&self) -> u64 {
-        self.at
-    }
-
-    /// Takes what was kept until now.
-    pub(super) fn take_kept(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.kept)
-    }
-
-    /// What was read and not gone past.
-    pub(super) fn unread(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
-    }
-
-    /// Offset of the first byte that was not read yet: the stream's length, once it has ended.
-    pub(super) fn end(&self) -> u64 {
-        self.at + self.unread().len() as u64
-    }
-
-    /// Reads more behind the unread bytes, which are less than the buffer; returns whether there
-    /// was more.
-    pub(super) fn fill(&mut self) -> Result<bool, DumpError> {
-        // What is left is less than a page, or a header: each read gets nearly all the room.
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        loop {
-            match self.from.read(&mut self.buffer[self.end..]) {
-                Ok(0) => return Ok(false),
-                Ok(read) => {
-                    // A `Read` that lies about its count must not reach beyond the buffer.
-                    self.end = self.buffer.len().min(self.end + read);
-                    return Ok(true);
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(source) => return Err(DumpError::Read { at: self.end(), source }),
-            }
-        }
-    }
-
-    /// Goes on without keeping; only over bytes that were read.
-    pub(super) fn skip(&mut self, len: usize) {
-        debug_assert!(len <= self.unread().len());
-        self.start += len;
-        self.at += len as u64;
+    /// Reads more; returns whether there was more.
+    pub(super) fn more(&mut self) -> Result<bool, DumpError> {
+        self.fill().map_err(|source| DumpError::Read { at: self.end(), source })
     }
 
     /// Goes on and keeps; only over bytes that were read.
     fn keep(&mut self, len: usize) -> Result<(), DumpError> {
-        self.check_room(len as u64)?;
-        if self.kept.capacity() - self.kept.len() < len {
-            // Twice as much as before, but never beyond the limit.
-            let room = self.limit - self.kept.len();
-            self.kept.reserve_exact(self.kept.len().max(len).min(room));
-        }
-        self.kept.extend_from_slice(&self.buffer[self.start..self.start + len]);
-        self.skip(len);
-        Ok(())
+        self.0.keep(len).map_err(|NoRoom { .. }| self.no_room())
     }
 
     /// Whether `len` more bytes may be kept.
     pub(super) fn check_room(&self, len: u64) -> Result<(), DumpError> {
-        let (room, limit) = ((self.limit - self.kept.len()) as u64, self.limit as u64);
-        if len > room {
-            return Err(DumpError::Limit { at: self.at, limit, what: "bytes before memory" });
-        }
-        Ok(())
+        if len > self.room() as u64 { Err(self.no_room()) } else { Ok(()) }
+    }
+
+    fn no_room(&self) -> DumpError {
+        let limit = self.limit() as u64;
+        DumpError::Limit { at: self.at(), limit, what: "bytes before memory" }
     }
 
     /// Takes and keeps `len` bytes, as they come: nothing is reserved on the word of a length.
     pub(super) fn keep_all(&mut self, len: u64, wanted: &'static str) -> Result<(), DumpError> {
         let mut left = len;
         while left > 0 {
-            if self.unread().is_empty() && !self.fill()? {
+            if self.unread().is_empty() && !self.more()? {
                 return Err(DumpError::Cut { at: self.end(), wanted });
             }
             let unread = self.unread().len();
@@ -118,7 +73,7 @@ impl<R: Read> Input<R> {
                 self.keep(N)?;
                 return Ok(bytes);
             }
-            if !self.fill()? {
+            if !self.more()? {
                 return Err(DumpError::Cut { at: self.end(), wanted });
             }
         }
@@ -146,7 +101,7 @@ impl<R: Read> Input<R> {
         bytes: [u8; N],
         wanted: &'static str,
     ) -> Result<(), DumpError> {
-        let at = self.at;
+        let at = self.at();
         match self.array(wanted)? {
             found if found == bytes => Ok(()),
             found => {

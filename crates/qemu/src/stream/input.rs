@@ -1,78 +1,47 @@
 //! The stream's bytes: one buffer that pages are lent from, and all that is not a page beside it.
 
 use super::StreamError;
+use crate::ahead::{Ahead, NoRoom};
 use crate::text::Excerpt;
-use std::io::{ErrorKind, Read};
+use std::io::Read;
+use std::ops::{Deref, DerefMut};
 
-/// Bytes read at a time. A socket holds about 200 KiB; the second-level cache holds this.
-const BUFFER: usize = 256 << 10;
+/// The bytes, with the errors of a stream of migration.
+pub(super) struct Input<R>(Ahead<R>);
 
-/// Reads ahead in `buffer`, whose unread part is `start..end`.
-pub(super) struct Input<R> {
-    from: R,
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-    at: u64,
-    kept: Vec<u8>,
-    limit: usize,
+impl<R> Deref for Input<R> {
+    type Target = Ahead<R>;
+
+    fn deref(&self) -> &Ahead<R> {
+        &self.0
+    }
+}
+
+impl<R> DerefMut for Input<R> {
+    fn deref_mut(&mut self) -> &mut Ahead<R> {
+        &mut self.0
+    }
 }
 
 impl<R: Read> Input<R> {
     pub(super) fn new(from: R, limit: usize) -> Self {
-        Self { from, buffer: vec![0; BUFFER], start: 0, end: 0, at: 0, kept: Vec::new(), limit }
+        Self(Ahead::new(from, limit))
     }
 
-    /// Offset in the stream of the next byte.
-    pub(super) fn at(&self) -> u64 {
-        self.at
-    }
-
-    /// What was kept until now.
-    pub(super) fn kept(&self) -> &[u8] {
-        &self.kept
-    }
-
-    /// What was kept.
-    pub(super) fn into_kept(self) -> Vec<u8> {
-        self.kept
-    }
-
-    /// Reads more behind the unread bytes; returns whether there was more.
-    fn fill(&mut self) -> Result<bool, StreamError> {
-        // What is left is less than a record: moving it is cheap, and each read gets all the room.
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        loop {
-            match self.from.read(&mut self.buffer[self.end..]) {
-                Ok(0) => return Ok(false),
-                Ok(read) => {
-                    // A `Read` that lies about its count must not reach beyond the buffer.
-                    self.end = self.buffer.len().min(self.end + read);
-                    return Ok(true);
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(source) => {
-                    return Err(StreamError::Read { at: self.at + self.unread(), source });
-                }
-            }
-        }
-    }
-
-    fn unread(&self) -> u64 {
-        (self.end - self.start) as u64
+    /// Reads more; returns whether there was more.
+    fn more(&mut self) -> Result<bool, StreamError> {
+        self.fill().map_err(|source| StreamError::Read { at: self.end(), source })
     }
 
     /// The next `len` bytes, at most a few KiB, without going past them.
     #[inline]
     pub(super) fn peek(&mut self, len: usize, wanted: &'static str) -> Result<&[u8], StreamError> {
-        while self.end - self.start < len {
-            if !self.fill()? {
-                return Err(StreamError::Cut { at: self.at + self.unread(), wanted });
+        while self.unread().len() < len {
+            if !self.more()? {
+                return Err(StreamError::Cut { at: self.end(), wanted });
             }
         }
-        Ok(&self.buffer[self.start..self.start + len])
+        Ok(&self.unread()[..len])
     }
 
     /// `N` bytes, `skip` bytes further on.
@@ -82,7 +51,7 @@ impl<R: Read> Input<R> {
         skip: usize,
         wanted: &'static str,
     ) -> Result<&[u8; N], StreamError> {
-        let at = self.at;
+        let at = self.at();
         let bytes = self.peek(skip + N, wanted)?;
         // It is as long as was asked for.
         bytes.last_chunk().ok_or(StreamError::Cut { at, wanted })
@@ -98,36 +67,19 @@ impl<R: Read> Input<R> {
         Ok(&self.peek(skip + 1 + usize::from(len), wanted)?[skip + 1..])
     }
 
-    /// Goes on without keeping; only over bytes that were peeked at.
-    #[inline]
-    pub(super) fn skip(&mut self, len: usize) {
-        debug_assert!(len <= self.end - self.start);
-        self.start += len;
-        self.at += len as u64;
-    }
-
     /// Goes on and keeps; only over bytes that were peeked at.
     pub(super) fn keep(&mut self, len: usize) -> Result<(), StreamError> {
-        let room = self.limit - self.kept.len();
-        if len > room {
-            let (at, limit) = (self.at + room as u64, self.limit as u64);
-            return Err(StreamError::Limit { at, limit, what: "bytes beside the pages" });
-        }
-        if self.kept.capacity() - self.kept.len() < len {
-            // Twice as much as before, but never beyond the limit.
-            let more = self.kept.len().max(BUFFER).max(len).min(room);
-            self.kept.reserve_exact(more);
-        }
-        self.kept.extend_from_slice(&self.buffer[self.start..self.start + len]);
-        self.skip(len);
-        Ok(())
+        self.0.keep(len).map_err(|NoRoom { room }| {
+            let (at, limit) = (self.at() + room as u64, self.limit() as u64);
+            StreamError::Limit { at, limit, what: "bytes beside the pages" }
+        })
     }
 
     /// Keeps everything up to the stream's end.
     pub(super) fn keep_rest(&mut self) -> Result<(), StreamError> {
         loop {
-            self.keep(self.end - self.start)?;
-            if !self.fill()? {
+            self.keep(self.unread().len())?;
+            if !self.more()? {
                 return Ok(());
             }
         }
@@ -167,7 +119,7 @@ impl<R: Read> Input<R> {
         bytes: [u8; N],
         wanted: &'static str,
     ) -> Result<(), StreamError> {
-        let at = self.at;
+        let at = self.at();
         match self.array(wanted)? {
             found if found == bytes => Ok(()),
             found => {
@@ -179,7 +131,7 @@ impl<R: Read> Input<R> {
 
     /// Takes and keeps text of `len` bytes, at most a few KiB.
     pub(super) fn text(&mut self, len: usize, wanted: &'static str) -> Result<String, StreamError> {
-        let at = self.at;
+        let at = self.at();
         let bytes = self.peek(len, wanted)?;
         // QEMU's names are ids and paths: what is not printable is not one of them.
         let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains(char::is_control));
