@@ -73,6 +73,8 @@ pub struct Target {
     pub sockets: Vec<PathBuf>,
     /// libvirt has the monitor, and passes commands on.
     pub through: Option<LibvirtDomain>,
+    /// Managers that could not be asked whether it is theirs, and why.
+    pub silent: Vec<String>,
 }
 
 impl Target {
@@ -175,12 +177,12 @@ pub fn one(wanted: &str) -> Result<Target, FindError> {
     if wanted.contains('/') {
         return by_socket(Path::new(wanted));
     }
-    let (mut targets, _) = all()?;
+    let (mut targets, silent) = all()?;
     let running: Vec<String> = targets.iter().map(|target| target.row.name.clone()).collect();
     targets.retain(|target| target.row.is_called(wanted));
     match targets.len() {
         0 => Err(FindError::Nobody { wanted: wanted.to_owned(), running }),
-        1 => Ok(targets.remove(0)),
+        1 => Ok(Target { silent, ..targets.remove(0) }),
         _ => Err(FindError::Several {
             wanted: wanted.to_owned(),
             candidates: targets.iter().map(|target| target.row.candidate()).collect(),
@@ -286,7 +288,7 @@ fn look(pid: u32) -> Result<Option<Target>, host::HostError> {
         libvirt: None,
         proxmox: None,
     };
-    Ok(Some(Target { row, process, argv, cmdline, sockets, through: None }))
+    Ok(Some(Target { row, process, argv, cmdline, sockets, through: None, silent: Vec::new() }))
 }
 
 /// A QEMU that has a KVM virtual machine open runs `kvm`, whatever it was asked for; of several

@@ -437,8 +437,9 @@ impl Keeper {
     fn give_back(&mut self) {
         let stop_is_heard =
             self.shot.as_ref().is_none_or(|shot| shot.is_over() || shot.has_let_go());
-        if self.whom.shared && self.held.is_none() && stop_is_heard && self.monitor.is_some() {
-            self.reopened += u32::from(self.monitor.take().is_some());
+        if self.whom.shared && self.held.is_none() && stop_is_heard && self.monitor.take().is_some()
+        {
+            self.reopened += 1;
             if let Some(shot) = self.shot.as_mut().filter(|shot| !shot.is_over()) {
                 shot.reconnected();
             }

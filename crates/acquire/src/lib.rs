@@ -461,7 +461,8 @@ impl Run {
         let (cells, passes) = (&mut self.cells, &mut self.passes);
         let through = looked.target.through.as_ref();
         let sliced = pmemsave::pmemsave(work, planned, through, guardian, cells, passes);
-        self.changes.extend(sliced.slices.as_ref().map(record::slices_change));
+        let change = sliced.slices.as_ref().map(record::slices_change);
+        self.changes.push(change.unwrap_or_else(record::no_slices_change));
         self.warnings.extend(sliced.doubt);
         if let Some(slices) = &sliced.slices {
             work.log.add("slices", slices);

@@ -105,6 +105,8 @@ pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
 pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Result<Looked, Failure> {
     let mut warnings: Vec<String> =
         asked.skipped.iter().map(|text| format!("monitor skipped: {text}")).collect();
+    let unknown = |text: &String| format!("whether the VM is libvirt's could not be asked: {text}");
+    warnings.extend(target.silent.iter().map(unknown));
     let Some(view) = asked.view else {
         let facts = Facts { confidential: asked.confidential, ..Facts::default() };
         return Err(Failure::Refused(refusal_of(&facts, request)));

@@ -7,7 +7,6 @@ use crate::find::LibvirtDomain;
 use crate::log::Notes;
 use crate::told;
 use qemu::facts::{BlockTimes, Facts, Migration};
-use qemu::libvirt::Libvirt;
 use qemu::qmp::{Capability, Change, Exchange};
 use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
@@ -414,19 +413,9 @@ fn identified(qmp: Qmp, pid: u32) -> Result<Monitor, String> {
 /// The monitor of a domain, through libvirt. Whose it is, libvirt says, and QEMU must agree: the kernel
 /// shows only libvirt.
 fn through(whom: &Whom, known: &LibvirtDomain, notes: &Notes) -> Result<Monitor, String> {
+    let (libvirt, domain) = known.connect(whom.reach(Path::new(&known.socket)), ONLY_ONE)?;
     let place = format!("libvirt's {}", known.socket);
     let fail = |error: &dyn std::error::Error| format!("{place}: {}", told(error));
-    let wanted = known.domain().ok_or_else(|| format!("{place}: no UUID: {:?}", known.uuid))?;
-    let socket = Path::new(&known.socket);
-    let libvirt = Libvirt::connect_by(socket, whom.reach(socket), &known.uri, ONLY_ONE);
-    let mut libvirt = libvirt.map_err(|e| fail(&e))?;
-    let domain = libvirt.domain(wanted.uuid, ONLY_ONE).map_err(|e| fail(&e))?;
-    if domain.id != wanted.id {
-        return Err(format!(
-            "{place}: domain {:?} was started anew: it was number {}, and is {}",
-            known.name, wanted.id, domain.id
-        ));
-    }
     let mut qmp = Qmp::through(libvirt, &known.uri, domain, ONLY_ONE, Some(transcript(notes)))
         .map_err(|e| fail(&e))?;
     let uuid = Facts::of(&mut qmp, QUERY).uuid().map_err(|e| fail(&e))?;

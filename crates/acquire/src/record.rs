@@ -498,8 +498,8 @@ pub fn slices_change(slices: &manifest::Slices) -> Change {
         }
         SliceWay::MemoryPeek => {
             "libvirt had QEMU copy the guest's memory with pmemsave (DOMAIN_MEMORY_PEEK) into files on the \
-             host's disk, in libvirt's cache, each of which it read and removed: what they held may be \
-             found on that disk"
+             host's disk, in libvirt's directory of the domain, each of which it read and removed: what they \
+             held may be found on that disk"
         }
     };
     Change {
@@ -508,6 +508,16 @@ pub fn slices_change(slices: &manifest::Slices) -> Change {
              {ms} ms at most each time",
             slices.count, slices.slice_bytes
         ),
+        why: "QEMU's own copy was asked for".to_owned(),
+    }
+}
+
+/// What may have been done where QEMU copied nothing.
+pub fn no_slices_change() -> Change {
+    Change {
+        what: "QEMU was perhaps given a file of ours in memory (getfd), and it was taken back (closefd): the \
+               journal has what was sent"
+            .to_owned(),
         why: "QEMU's own copy was asked for".to_owned(),
     }
 }

@@ -259,23 +259,6 @@ pub struct Watch {
     end: Procedure,
 }
 
-/// Where libvirt listens on this host, the place that knows QEMU's domains first: on modular hosts
-/// `libvirt-sock` is a proxy. `runtime` is the directory of a user's session, if there is one.
-///
-/// Each with the URI that belongs to it. Read-only sockets list and describe domains, and do no more.
-pub fn sockets(runtime: Option<&Path>, read_only: bool) -> Vec<(PathBuf, &'static str)> {
-    let mut sockets = Vec::new();
-    for name in ["virtqemud-sock", "libvirt-sock"] {
-        let ro = if read_only { "-ro" } else { "" };
-        sockets.push((PathBuf::from(format!("/run/libvirt/{name}{ro}")), SYSTEM));
-    }
-    // A session has no socket that only reads.
-    for name in ["virtqemud-sock", "libvirt-sock"] {
-        sockets.extend(runtime.map(|dir| (dir.join("libvirt").join(name), SESSION)));
-    }
-    sockets
-}
-
 /// The host's domains.
 pub const SYSTEM: &str = "qemu:///system";
 

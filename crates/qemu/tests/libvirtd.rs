@@ -18,7 +18,6 @@ use conversation::{KEPT, NAME, UUID};
 use qemu::facts::Facts;
 use qemu::libvirt::{
     DumpFormat, Libvirt, LibvirtError, Lifecycle, MAX_PEEK, RunState, SESSION, SYSTEM, State,
-    sockets,
 };
 use qemu::qmp::Change;
 use qemu::{GuestView, Qmp, QmpError};
@@ -196,7 +195,7 @@ fn a_session_of_another_user() {
         command.env(name, dir.path());
     }
     let mut daemon = command.spawn().unwrap();
-    let (socket, uri) = sockets(Some(dir.path()), true).pop().unwrap();
+    let (socket, uri) = (dir.path().join("libvirt/libvirt-sock"), SESSION);
     let mut libvirt = waited(|| Libvirt::connect_to_look(&socket, uri, LONG).ok());
     assert_eq!((uri, libvirt.peer().unwrap().uid), (SESSION, 65534));
     assert_eq!(libvirt.domains(LONG).unwrap(), []);

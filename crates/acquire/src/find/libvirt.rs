@@ -37,6 +37,27 @@ impl LibvirtDomain {
         let number = u128::from_str_radix(&digits, 16).ok().filter(|_| digits.len() == 32)?;
         Some(Domain { name: self.name.clone(), uuid: number.to_be_bytes(), id: self.id })
     }
+
+    /// A connection to its libvirt, whose socket is reached at `reach`, and the domain there: the same that
+    /// was found, running since.
+    ///
+    /// # Errors
+    /// Why not, for people.
+    pub fn connect(&self, reach: &Path, within: Duration) -> Result<(Libvirt, Domain), String> {
+        let fail = |what: String| format!("libvirt's {}: {what}", self.socket);
+        let wanted = self.domain().ok_or_else(|| fail(format!("no UUID: {:?}", self.uuid)))?;
+        let connected = Libvirt::connect_by(Path::new(&self.socket), reach, &self.uri, within);
+        let mut libvirt = connected.map_err(|error| fail(crate::told(&error)))?;
+        let domain = libvirt.domain(wanted.uuid, within);
+        let domain = domain.map_err(|error| fail(crate::told(&error)))?;
+        match domain.id == wanted.id {
+            true => Ok((libvirt, domain)),
+            false => Err(fail(format!(
+                "domain {:?} was started anew: it was number {}, and is {}",
+                self.name, wanted.id, domain.id
+            ))),
+        }
+    }
 }
 
 /// The domains that run on this host, and what could not be asked.

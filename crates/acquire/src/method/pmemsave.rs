@@ -67,8 +67,8 @@ pub enum SliceError {
         /// The page.
         at: GuestRange,
     },
-    /// libvirt cannot be reached once more.
-    #[error("libvirt does not show the domain to this process: {0}")]
+    /// libvirt does not show the domain to this process.
+    #[error("{0}")]
     Domain(String),
     /// QEMU does not take the file.
     #[error("QEMU did not take the file that it shall copy into")]
@@ -181,17 +181,21 @@ fn block(
     let copied = Span { t0_ns, t1_ns: work.now() };
     if let Some((changed, first)) = differences(cell.block, theirs, ours, |_| true) {
         for (at, before) in became_zeros(cell.block, theirs, ours, &changed) {
-            refute(work, at, before)?;
+            // A page can become zeros and what it was; not twice, just when QEMU looks.
+            if is_still(work, at, before)? && slicer.gives_zeros(at)? && is_still(work, at, before)?
+            {
+                return Err(SliceError::Zeros { at }.into());
+            }
         }
         cell.first = Some(Box::new(first));
         cell.changed = Some(Box::new(changed));
     }
     put_first(work.store, cell.block, theirs, ours, states)?;
     cell.states.copy_from_slice(states);
-    let read = !states.iter().all(|state| *state == PageState::Hole);
-    // Of holes there was one look.
-    cell.earlier = read.then_some(earlier);
-    cell.stored = if read { copied } else { earlier };
+    // At what QEMU was not asked for there was one look.
+    let asked = states.contains(&PageState::Data);
+    cell.earlier = asked.then_some(earlier);
+    cell.stored = if asked { copied } else { earlier };
     cell.pass = 1;
     Ok(())
 }
@@ -215,16 +219,13 @@ fn became_zeros<'a>(
         .collect()
 }
 
-/// Fails when a page is what it was `before` QEMU copied it: then it was not zeros meanwhile.
-fn refute(work: &Work<'_>, at: GuestRange, before: &[u8]) -> Result<(), PassError> {
+/// Whether a page is what it was `before` QEMU copied it.
+fn is_still(work: &Work<'_>, at: GuestRange, before: &[u8]) -> Result<bool, PassError> {
     let (mut now, mut states) = ([0; PAGE_BYTES], [PageState::Hole; 2]);
     let states = &mut states[..index(page_count(at))];
-    let Some(now) = now.get_mut(..index(at.len())) else { return Ok(()) };
+    let now = &mut now[..index(at.len()).min(PAGE_BYTES)];
     work.read(at, now, states)?;
-    match now == before {
-        true => Err(SliceError::Zeros { at }.into()),
-        false => Ok(()),
-    }
+    Ok(now == before)
 }
 
 /// How a slice comes to us.
@@ -254,17 +255,10 @@ fn file<'a>(process: &Process, guardian: &'a mut Guardian) -> Result<Way<'a>, Sl
     }
 }
 
-/// A connection to libvirt, and the domain there: the one that the guardian asks.
+/// A connection of this process to libvirt, and the domain there: the one that the guardian asks.
 fn libvirt(known: &LibvirtDomain) -> Result<Way<'static>, SliceError> {
-    let none = |error: &dyn std::error::Error| SliceError::Domain(told(error));
-    let wanted = known.domain().ok_or_else(|| SliceError::Domain(known.uuid.clone()))?;
-    let socket = Path::new(&known.socket);
-    let mut libvirt = Libvirt::connect(socket, &known.uri, PEEK).map_err(|e| none(&e))?;
-    let domain = libvirt.domain(wanted.uuid, PEEK).map_err(|e| none(&e))?;
-    match domain.id == wanted.id {
-        true => Ok(Way::Libvirt { libvirt: Box::new(libvirt), domain }),
-        false => Err(SliceError::Domain("it was started anew".to_owned())),
-    }
+    let connected = known.connect(Path::new(&known.socket), PEEK).map_err(SliceError::Domain)?;
+    Ok(Way::Libvirt { libvirt: Box::new(connected.0), domain: connected.1 })
 }
 
 impl Way<'_> {
@@ -322,6 +316,14 @@ impl Slicer<'_> {
             done = end;
         }
         Ok(())
+    }
+
+    /// Whether QEMU's copy of a page is zeros.
+    fn gives_zeros(&mut self, at: GuestRange) -> Result<bool, SliceError> {
+        let mut page = [1; PAGE_BYTES];
+        let page = &mut page[..index(at.len()).min(PAGE_BYTES)];
+        self.copy(at.start(), page)?;
+        Ok(page.iter().all(|byte| *byte == 0))
     }
 
     fn slice(&mut self, at: GuestRange, buf: &mut [u8]) -> Result<(), SliceError> {
