@@ -882,7 +882,9 @@ impl Guardian {
     /// # Errors
     /// [`GuardianError`]; when the guardian was lost, its successor has put the settings back.
     pub fn end_snapshot(&mut self, whole: bool) -> Result<ShotEnd, GuardianError> {
-        match self.ask(&Ask::SnapshotEnd { whole }, 2 * CONT)? {
+        // Who waits for the end of a whole stream holds nobody up; what is broken may hold the guest.
+        let within = if whole { LOOK } else { 2 * CONT };
+        match self.ask(&Ask::SnapshotEnd { whole }, within)? {
             Reply::Shot(end) => Ok(*end),
             other => self.out_of_turn(&other),
         }

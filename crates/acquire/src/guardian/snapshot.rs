@@ -25,6 +25,10 @@ const PROBE: &str = "stillframe-probe";
 /// How long QEMU may take to do what it is told.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long QEMU may take to end a snapshot whose stream is whole: the guest runs, and on a host that
+/// swaps it was measured to be busy with that for seconds.
+const ENDS: Duration = Duration::from_secs(30);
+
 /// How long a guest that was stopped for a snapshot may take to go on by itself, once that has ended.
 const GOES_ON: Duration = Duration::from_millis(50);
 
@@ -268,7 +272,7 @@ impl Shot {
         monitor: &mut Monitor,
         undo: &mut Undo,
     ) -> Result<(), AskError> {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + ENDS;
         while !self.is_over() {
             if Instant::now() > until {
                 return self.stop(monitor, undo, Some("QEMU did not end it".to_owned()));
