@@ -326,6 +326,8 @@ fn blank_manifest() -> Result<Manifest> {
         tracking: None,
         snapshot: None,
         slices: None,
+        dump: None,
+        registers: None,
         case: Case { number: Some("2026-117".into()), ..Case::default() },
         operator: Operator {
             uid: 0,

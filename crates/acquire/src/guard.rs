@@ -126,7 +126,7 @@ fn reserve(
         tell.event(Event::Progress { phase: Phase::Reserve, pass: None, done_bytes, total_bytes });
     };
     let reserve = match plan.method {
-        Method::Snapshot => RamStore::reserve_for_another,
+        Method::Snapshot | Method::Dump => RamStore::reserve_for_another,
         _ => RamStore::reserve,
     };
     let store = reserve(segments, &looked.resident, &limit, progress, || stop.asked())?;

@@ -5,9 +5,11 @@
 //! dies or hangs itself, capture kills it and starts another one, which begins by undoing what the
 //! file of [`crate::undo`] says; when both are gone, `stillframe recover` does the same.
 
+mod dump;
 mod slices;
 mod snapshot;
 
+pub use dump::{DumpBegun, DumpEnd};
 pub use snapshot::{ShotEnd, Stops};
 
 use crate::find::Target;
@@ -17,6 +19,7 @@ use crate::role::{self, Peer, Role};
 use crate::stall::Watch;
 use crate::undo::{Line, Undo, UndoError, Who};
 use crate::{Failure, plan, told};
+use dump::Dumping;
 use evidence::manifest;
 use host::Process;
 use host::channel::{self, Channel, ChannelError};
@@ -78,6 +81,11 @@ enum Ask {
     Slice { gpa: u64, len: u64, fd: u32 },
     /// Take the file back.
     SlicesEnd,
+    /// Have QEMU dump, and cut the socket at this time of CLOCK_MONOTONIC; QEMU's end of it and the
+    /// reader's come behind.
+    Dump { until_ns: u64 },
+    /// The dump was read to its end, or nobody wants the rest.
+    DumpEnd,
     /// Give the monitor to others.
     Leave,
     /// The end.
@@ -109,6 +117,10 @@ enum Reply {
     Shot(Box<ShotEnd>),
     /// To [`Ask::Slice`]: how long QEMU took, in nanoseconds.
     Sliced { took_ns: u64 },
+    /// To [`Ask::Dump`].
+    DumpBegun(DumpBegun),
+    /// To [`Ask::DumpEnd`].
+    Dumped(Box<DumpEnd>),
     /// Done.
     Done,
 }
@@ -138,7 +150,7 @@ pub struct Continued {
 /// What was undone of a run that had died.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Undone {
-    /// What it had announced: `ptrace`, `stop`, `snapshot` or `slices`.
+    /// What it had announced: `ptrace`, `stop`, `snapshot`, `slices` or `dump`.
     pub held: String,
     /// What was found and done, for people.
     pub text: String,
@@ -180,6 +192,7 @@ pub fn undo(
             let what = match line {
                 Line::Snapshot { .. } => "snapshot",
                 Line::Slices => "slices",
+                Line::Dump { .. } => "dump",
                 _ => "stop",
             };
             let text = match target.open() {
@@ -207,6 +220,7 @@ pub fn undo(
                             snapshot::put_back(monitor, &found, begun, let_be)?
                         }
                         Line::Slices => slices::take_back(monitor)?,
+                        Line::Dump { .. } => dump::put_back(monitor)?,
                         _ => go_on(monitor)?,
                     }
                 }
@@ -273,6 +287,8 @@ struct Keeper {
     shot: Option<Shot>,
     /// A file that QEMU copies memory into.
     slices: Option<Slices>,
+    /// A dump under way.
+    dump: Option<Dumping>,
     /// How often the monitor was given back to others.
     reopened: u32,
 }
@@ -335,6 +351,7 @@ impl Keeper {
             expired: false,
             shot: None,
             slices: None,
+            dump: None,
             reopened: 0,
         };
         // Whether it is heard or not: what is not undone is undone in the end.
@@ -351,11 +368,18 @@ impl Keeper {
     fn serve(mut self) -> ExitCode {
         loop {
             let shot = self.shot.as_ref().filter(|shot| !shot.is_over()).map(|_| snapshot::LOOK);
-            let within = self.held.map(|held| until(held.until_ns)).or(shot);
+            let dump = self.dump.as_ref().and_then(Dumping::left);
+            let within = self.held.map(|held| until(held.until_ns)).or(dump).or(shot);
             let fds = [self.channel.as_fd(), self.capture.pidfd()];
             let Ok(ready) = channel::wait(&fds, within) else { break };
             if self.held.is_some_and(|held| monotonic_ns() >= held.until_ns) {
                 self.expire();
+                continue;
+            }
+            let late = |dump: &&mut Dumping| dump.left().is_some_and(|left| left.is_zero());
+            if let Some(dump) = self.dump.as_mut().filter(late) {
+                dump.expire();
+                self.notes.add("dump-expired", json!({ "by": "closing its socket" }));
                 continue;
             }
             match ready.as_slice() {
@@ -369,7 +393,8 @@ impl Keeper {
                 }
             }
             // Half a message must not keep us from the deadline.
-            let within = self.held.map_or(PROMPT, |held| until(held.until_ns).min(PROMPT));
+            let within = self.held.map(|held| until(held.until_ns)).or(dump);
+            let within = within.map_or(PROMPT, |within| within.min(PROMPT));
             let Ok(ask) = role::hear::<Ask>(&mut self.channel, within) else { break };
             let reply = match ask {
                 Ask::Bye => {
@@ -386,6 +411,9 @@ impl Keeper {
         }
         if let Some(shot) = &self.shot {
             shot.cut();
+        }
+        if let Some(dump) = &self.dump {
+            dump.cut();
         }
         // While capture lives the file is its claim to the VM.
         let gone = !self.capture.alive();
@@ -424,6 +452,8 @@ impl Keeper {
             Ask::SlicesBegin => self.begin_slices().map(|()| Reply::Done),
             Ask::Slice { gpa, len, fd } => self.slice(gpa, len, fd),
             Ask::SlicesEnd => self.end_slices().map(|()| Reply::Done),
+            Ask::Dump { until_ns } => self.dump(until_ns).map(Reply::DumpBegun),
+            Ask::DumpEnd => self.end_dump().map(|end| Reply::Dumped(Box::new(end))),
             Ask::Leave => {
                 self.monitor = None;
                 Ok(Reply::Done)
@@ -433,12 +463,12 @@ impl Keeper {
     }
 
     /// A monitor that others need too is theirs between two questions, but for a hold, whose end must
-    /// not wait for anybody, and for a snapshot's stop, of which only events tell.
+    /// not wait for anybody, and for the stop of a snapshot or dump, of whose end only events tell.
     fn give_back(&mut self) {
         let stop_is_heard =
             self.shot.as_ref().is_none_or(|shot| shot.is_over() || shot.has_let_go());
-        if self.whom.shared && self.held.is_none() && stop_is_heard && self.monitor.take().is_some()
-        {
+        let free = self.held.is_none() && self.dump.is_none() && stop_is_heard;
+        if self.whom.shared && free && self.monitor.take().is_some() {
             self.reopened += 1;
             if let Some(shot) = self.shot.as_mut().filter(|shot| !shot.is_over()) {
                 shot.reconnected();
@@ -575,6 +605,29 @@ impl Keeper {
             Some(monitor) => slices.end(monitor, &mut self.undo),
             None => Ok(()),
         }
+    }
+
+    /// Has QEMU dump into the socket whose ends come behind.
+    fn dump(&mut self, until_ns: u64) -> Result<DumpBegun, AskError> {
+        let none = |error: ChannelError| AskError::Query(told(&error));
+        let mut fds = self.channel.receive_fds(2, PROMPT).map_err(none)?.into_iter();
+        let (Some(theirs), Some(ours)) = (fds.next(), fds.next()) else {
+            return Err(AskError::Query("a descriptor is missing".to_owned()));
+        };
+        self.monitor()?;
+        let Some(monitor) = &mut self.monitor else {
+            return Err(AskError::Query("there is no monitor".to_owned()));
+        };
+        let (dump, begun) = Dumping::begin(monitor, &mut self.undo, &theirs, ours, until_ns)?;
+        self.dump = Some(dump);
+        Ok(begun)
+    }
+
+    fn end_dump(&mut self) -> Result<DumpEnd, AskError> {
+        let (Some(monitor), Some(dump)) = (&mut self.monitor, self.dump.take()) else {
+            return Err(AskError::Query("there is no dump".to_owned()));
+        };
+        dump.end(monitor, &mut self.undo)
     }
 
     /// Between two questions.
@@ -918,6 +971,35 @@ impl Guardian {
         self.ask(&Ask::SlicesEnd, QUERY + PROMPT).map(drop)
     }
 
+    /// Has QEMU dump into the socket whose end for QEMU is `theirs`; the guardian cuts `ours`, the
+    /// reader's end, at `until_ns` of CLOCK_MONOTONIC.
+    ///
+    /// # Errors
+    /// [`GuardianError`]: QEMU does not dump.
+    pub fn dump(
+        &mut self,
+        until_ns: u64,
+        theirs: BorrowedFd<'_>,
+        ours: BorrowedFd<'_>,
+    ) -> Result<DumpBegun, GuardianError> {
+        match self.ask_with(&Ask::Dump { until_ns }, &[theirs, ours], until(until_ns) + 2 * CONT)? {
+            Reply::DumpBegun(begun) => Ok(begun),
+            other => self.out_of_turn(&other),
+        }
+    }
+
+    /// The dump was read to its end, or nobody wants the rest: gives back what QEMU says of it, once the
+    /// guest goes on.
+    ///
+    /// # Errors
+    /// [`GuardianError`]; when the guardian was lost, its successor has seen to it.
+    pub fn end_dump(&mut self) -> Result<DumpEnd, GuardianError> {
+        match self.ask(&Ask::DumpEnd, 2 * CONT + QUERY)? {
+            Reply::Dumped(end) => Ok(*end),
+            other => self.out_of_turn(&other),
+        }
+    }
+
     /// Gives the monitor to others.
     pub fn leave(&mut self) {
         // A lost guardian has no monitor either.
@@ -1011,6 +1093,9 @@ impl Guardian {
             Some(Line::Snapshot { .. }) => {
                 let text = format!("QEMU's settings of migration may not be put back: {error}");
                 self.not_as_found = Some(text);
+            }
+            Some(Line::Dump { .. }) => {
+                self.not_as_found = Some(format!("the VM may still be stopped by a dump: {error}"));
             }
             Some(Line::Slices) => {
                 let text = format!("QEMU may still hold a file of ours open: {error}");

@@ -35,13 +35,17 @@ use crate::guard::Guarded;
 use crate::guardian::{Guardian, GuardianError, Parting};
 use crate::log::Log;
 use crate::look::Looked;
+use crate::method::dump::{self, Dumped};
 use crate::method::pmemsave;
 use crate::method::process::{self, Frozen, NotHeld, Pass, PassError, Work};
-use crate::method::snapshot::{self, Destination, Samples, Shot, SnapshotError};
+use crate::method::sample::Samples;
+use crate::method::snapshot::{self, Shot};
+use crate::method::stream::{self, Destination, StreamError};
 use crate::method::track;
 use crate::monitor::Told;
 use crate::plan::{
-    Plan, PlannedHold, PlannedSlices, PlannedSnapshot, PlannedTracking, Refusal, Wish,
+    Method, Plan, PlannedDump, PlannedHold, PlannedSlices, PlannedSnapshot, PlannedTracking,
+    Refusal, Wish,
 };
 use crate::record::{Measure, Sealed, Story};
 use crate::seal::process::Sealer;
@@ -52,8 +56,9 @@ use evidence::manifest::{self, BlocksFile, Class, FileRecord, Image, JournalFile
 use evidence::record::Span;
 use evidence::{GuestRange, PageState};
 use serde_json::json;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use crate::look::{Surveyed, survey};
 
@@ -87,6 +92,8 @@ pub struct Request {
     pub file_digest: bool,
     /// For the record.
     pub case: CaseNotes,
+    /// Whether a survey holds the map against the head of QEMU's dump, for which QEMU stops the guest.
+    pub probe: bool,
 }
 
 /// Why nothing was done.
@@ -119,6 +126,12 @@ pub enum Failure {
         #[source]
         cause: host::exhibit_dir::ExhibitError,
     },
+    /// The head of QEMU's dump could not be read; the guest is as it was found.
+    #[error("QEMU's dump could not be looked at")]
+    Probe(#[source] Box<method::process::PassError>),
+    /// The guest is not as it was found.
+    #[error("the guest is not as it was found: {0}")]
+    NotAsFound(String),
     /// The run began, and its record could not be written.
     #[error("the record of {} could not be written", exhibit.display())]
     Record {
@@ -249,6 +262,10 @@ struct Run {
     snapshot: Option<manifest::Snapshot>,
     /// How QEMU copied in slices.
     slices: Option<manifest::Slices>,
+    /// What is known of QEMU's dump.
+    dump: Option<manifest::Dump>,
+    /// The registers, and the dump's head that has them.
+    registers: Option<(manifest::Registers, Vec<u8>)>,
     /// Pages of it that were read while they were protected, and when.
     shot_audit: Option<(manifest::Audit, Span)>,
     /// State of the devices by the snapshot's stream.
@@ -304,6 +321,8 @@ impl Run {
             tracking: None,
             snapshot: None,
             slices: None,
+            dump: None,
+            registers: None,
             shot_audit: None,
             device_state: Vec::new(),
             readers_rights: Vec::new(),
@@ -345,6 +364,11 @@ impl Run {
         };
         log.add("capture", json!({ "blocks": self.cells.len(), "workers": work.workers }));
         let mut samples = None;
+        // As near as may be to the instant that the image will show.
+        let registers_first = plan.method != Method::Track;
+        if registers_first {
+            self.take_registers(plan, looked, guardian, log);
+        }
         let result = match (&plan.hold, &plan.tracking, &plan.snapshot) {
             (Some(held), Some(tracking), _) => self.track(&work, looked, held, tracking, guardian),
             (Some(held), None, _) => self.freeze(&work, looked, held, guarded_again, guardian),
@@ -355,11 +379,21 @@ impl Run {
                     shot.end
                 })
             }
-            (None, _, None) => match &plan.slices {
-                Some(planned) => self.pmemsave(&work, planned, looked, guardian),
-                None => process::live(&work, &mut self.cells, &mut self.passes),
+            (None, _, None) => match (&plan.slices, &plan.dump) {
+                (Some(planned), _) => self.pmemsave(&work, planned, looked, guardian),
+                (None, Some(planned)) => {
+                    let dumped = self.dump(&work, looked, planned, guarded_again, guardian);
+                    dumped.and_then(|dumped| {
+                        samples = Some(dumped.samples);
+                        dumped.end
+                    })
+                }
+                (None, None) => process::live(&work, &mut self.cells, &mut self.passes),
             },
         };
+        if !registers_first {
+            self.take_registers(plan, looked, guardian, log);
+        }
         let result = result.and(self.close_store(guarded, samples, log));
         for pass in &self.passes {
             log.add(
@@ -378,7 +412,11 @@ impl Run {
             Err(Cut::Failed(error)) => Some(Ending::Failed(told(&error))),
         };
         self.after = Measure::take(&looked.target.process);
-        let by_qemu = plan.snapshot.map(|_| "qemu-stream").or(plan.slices.map(|_| "qemu-pmemsave"));
+        let by_qemu = plan
+            .snapshot
+            .map(|_| "qemu-stream")
+            .or(plan.slices.map(|_| "qemu-pmemsave"))
+            .or(plan.dump.map(|_| "qemu-dump"));
         self.readers = looked.readers();
         self.readers.iter_mut().for_each(|(_, word)| *word = by_qemu.unwrap_or(word));
         self.drop_unreached();
@@ -481,6 +519,80 @@ impl Run {
         sliced.end
     }
 
+    /// Memory that the store has room for, a little more than it had: a stream begins.
+    fn top_up(&mut self, looked: &Looked, guarded: &Guarded) -> Vec<GuestRange> {
+        let topped_up = guarded.top_up(looked);
+        if let Err(error) = &topped_up {
+            self.warnings.push(format!(
+                "memory that the guest touched lately was not set aside before QEMU began: {}",
+                told(error)
+            ));
+        }
+        let resident = topped_up.unwrap_or_default();
+        if resident.is_empty() { looked.resident.clone() } else { resident }
+    }
+
+    /// Has QEMU dump and reads it.
+    fn dump(
+        &mut self,
+        work: &Work<'_>,
+        looked: &Looked,
+        planned: &PlannedDump,
+        guarded: &Guarded,
+        guardian: &mut Guardian,
+    ) -> Result<Dumped, Cut<PassError>> {
+        let reserved = self.top_up(looked, guarded);
+        let (file, into) = destination(looked, guarded, &reserved)?;
+        let map = &looked.located.map;
+        let (cells, passes) = (&mut self.cells, &mut self.passes);
+        let mut dumped =
+            dump::dump(work, map, planned, (&into, file.as_fd()), guardian, cells, passes);
+        self.readers_rights.extend(dumped.rights.take());
+        self.warnings.append(&mut dumped.doubts);
+        self.changes.push(match &dumped.hold {
+            Some(hold) => record::dump_change(hold),
+            None => record::no_dump_change(),
+        });
+        work.log.add("dump", &dumped.dump);
+        self.dump = dumped.dump.take();
+        self.keep_registers(dumped.head.take(), work.log);
+        if let Some(hold) = dumped.hold.take() {
+            work.log.add("hold", &hold);
+            self.hold_ended(hold, None);
+        }
+        Ok(dumped)
+    }
+
+    /// Has QEMU begin a dump for its head, which has the registers.
+    fn take_registers(&mut self, plan: &Plan, looked: &Looked, guardian: &mut Guardian, log: &Log) {
+        let Some(at_most_ns) = plan.registers_ns else { return };
+        match stream::dump_head(guardian, Duration::from_nanos(at_most_ns)) {
+            Ok(read) => {
+                let registers = dump::registers_of(&read, log, &looked.located.map);
+                self.changes.push(record::registers_change(&registers));
+                self.readers_rights.push(read.rights);
+                self.keep_registers(Some((registers, read.bytes)), log);
+            }
+            Err(error) => {
+                self.changes.push(record::no_registers_change());
+                self.warnings.push(format!("the registers could not be taken: {}", told(&error)));
+            }
+        }
+    }
+
+    /// What QEMU's dump says of the memory must be what the map says.
+    fn keep_registers(&mut self, head: Option<(manifest::Registers, Vec<u8>)>, log: &Log) {
+        let Some((registers, bytes)) = head else { return };
+        log.add("registers", &registers);
+        if let Some(difference) = &registers.map_difference {
+            self.disturbances.push(format!("QEMU's dump told of other memory: {difference}"));
+        }
+        match bytes.is_empty() {
+            true => self.warnings.push("the registers could not be kept".to_owned()),
+            false => self.registers = Some((registers, bytes)),
+        }
+    }
+
     /// Has QEMU take a snapshot and reads it.
     fn snapshot(
         &mut self,
@@ -490,27 +602,12 @@ impl Run {
         guarded: &Guarded,
         guardian: &mut Guardian,
     ) -> Result<Shot, Cut<PassError>> {
-        let topped_up = guarded.top_up(looked);
-        if let Err(error) = &topped_up {
-            self.warnings.push(format!(
-                "memory that the guest touched lately was not set aside before the snapshot: {}",
-                told(error)
-            ));
-        }
-        let resident = topped_up.unwrap_or_default();
-        let reserved = if resident.is_empty() { looked.resident.as_slice() } else { &resident };
-        let opened = guarded.open_store().map_err(|cause| {
-            Cut::Failed(PassError::Snapshot(SnapshotError::Make { what: "a descriptor", cause }))
-        });
-        let (file, segments) = opened?;
-        let spare = guarded.ram().map(host::RamStore::spare);
-        let pluggable = looked.located.pluggable();
-        let pluggable = pluggable.as_slice();
-        let file = file.as_fd();
-        let into = Destination { segments, file, reserved, spare, pluggable };
+        let reserved = self.top_up(looked, guarded);
+        let (file, into) = destination(looked, guarded, &reserved)?;
         let map = &looked.located.map;
         let (cells, passes) = (&mut self.cells, &mut self.passes);
-        let mut shot = snapshot::snapshot(work, map, planned, &into, guardian, cells, passes);
+        let mut shot =
+            snapshot::snapshot(work, map, planned, (&into, file.as_fd()), guardian, cells, passes);
         self.readers_rights.extend(shot.rights.take());
         let change = match &shot.snapshot {
             Some(snapshot) => record::snapshot_change(snapshot),
@@ -549,10 +646,15 @@ impl Run {
         let unusable = |error: host::StoreError| {
             let cause = std::io::Error::other(told(&error));
             let what = "the end of writing into the store";
-            Cut::Failed(PassError::Snapshot(SnapshotError::Make { what, cause }))
+            Cut::Failed(PassError::Stream(StreamError::Make { what, cause }))
         };
         guarded.close_store(&written).map_err(unusable)?;
         self.shot_audit = samples.audit(&self.cells, guarded.store());
+        if let Some(held) = &mut self.held {
+            held.audit = self.shot_audit.take();
+            self.void_by_audit(log);
+            return Ok(());
+        }
         match &self.shot_audit {
             Some((audit, span)) => log.add("audit", json!({ "audit": audit, "span": span })),
             None => {
@@ -567,6 +669,21 @@ impl Run {
             ));
         }
         Ok(())
+    }
+
+    /// Pages were read from outside in QEMU's own hold.
+    fn void_by_audit(&mut self, log: &Log) {
+        let Some(held) = &self.held else { return };
+        match &held.audit {
+            Some((audit, span)) => log.add("audit", json!({ "audit": audit, "span": span })),
+            None => {
+                let text = "no page was read from outside in the hold: QEMU was done sooner";
+                self.warnings.push(text.to_owned());
+            }
+        }
+        let voided = held.void().map(str::to_owned);
+        let new = voided.filter(|text| !self.disturbances.contains(text));
+        self.disturbances.extend(new);
     }
 
     /// Keeps what is known of the hold in which the image was taken.
@@ -877,6 +994,10 @@ impl Run {
             guarded.write(exhibit::DEVICE_STATE, state).map_err(|e| fail(Box::new(e)))?;
             attachments.push(record::file_record(exhibit::DEVICE_STATE, state));
         }
+        if let Some((registers, head)) = &self.registers {
+            guarded.write(&registers.file, head).map_err(|e| fail(Box::new(e)))?;
+            attachments.push(record::file_record(&registers.file, head));
+        }
         log.add("end", json!({ "reason": ending.reason() }));
         let head = log.close().map_err(|e| fail(Box::new(e)))?;
         let whole = ending.is_whole();
@@ -910,6 +1031,8 @@ impl Run {
             tracking: self.tracking,
             snapshot: self.snapshot,
             slices: self.slices,
+            dump: self.dump,
+            registers: self.registers.map(|(registers, _)| registers),
             attachments,
             changes: self.changes,
             hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
@@ -932,6 +1055,21 @@ impl Run {
         };
         Ok(Done { ending, exhibit: Some(exhibit) })
     }
+}
+
+/// Where a stream goes: the store, opened for another process, and where memory lies in it. The
+/// descriptor that it names is the one that comes with it.
+fn destination<'a>(
+    looked: &Looked,
+    guarded: &'a Guarded,
+    reserved: &'a [GuestRange],
+) -> Result<(OwnedFd, Destination<'a>), Cut<PassError>> {
+    let make =
+        |cause| Cut::Failed(PassError::Stream(StreamError::Make { what: "a descriptor", cause }));
+    let (file, segments) = guarded.open_store().map_err(make)?;
+    let spare = guarded.ram().map(host::RamStore::spare);
+    let pluggable = looked.located.pluggable();
+    Ok((file, Destination { segments, reserved, spare, pluggable }))
 }
 
 /// The rights of every process that took part.

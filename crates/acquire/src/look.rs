@@ -2,16 +2,21 @@
 
 use crate::event::{Event, Observer};
 use crate::find::{self, Row, Target};
+use crate::guardian::Guardian;
 use crate::log::{Log, Notes};
 use crate::map::{self, Located};
+use crate::method::{dump, stream};
 use crate::monitor::{Asked, AskedAgain, Monitor, Told, VmFacts};
 use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, TrackFacts};
 use crate::{Failure, Request, draft, speed, told};
 use evidence::format::{self, Arch, Format};
+use evidence::manifest;
 use evidence::map::Mapping;
+use evidence::record::Span;
 use evidence::{GuestRange, MemoryMap};
 use host::guest_memory::{Held, Usage};
 use host::{GuestMemory, RamStore};
+use serde::Serialize;
 use serde_json::json;
 use std::path::Path;
 use std::time::Duration;
@@ -54,8 +59,23 @@ pub struct Surveyed {
     pub facts: Facts,
     /// The map.
     pub map: MemoryMap,
+    /// What the head of QEMU's dump told, if it was to be asked.
+    pub probe: Option<Probe>,
     /// What would be done, or why nothing.
     pub decision: Result<Plan, Refusal>,
+}
+
+/// What the head of QEMU's dump told; as [`evidence::manifest::Registers`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Probe {
+    /// The guest stood some time between, in nanoseconds since the survey began.
+    pub stood: Span,
+    /// The guest's instruction set.
+    pub machine: String,
+    /// The vCPUs by QEMU's index.
+    pub cpus: Vec<u32>,
+    /// How the memory that it names differs from the map; null when it does not.
+    pub map_difference: Option<String>,
 }
 
 impl Surveyed {
@@ -65,8 +85,8 @@ impl Surveyed {
             Ok(plan) => (Some(plan), None),
             Err(refusal) => (None, Some(refusal)),
         };
-        json!({ "vm": self.row, "facts": self.facts, "map": self.map, "plan": plan,
-                "refusal": refusal })
+        json!({ "vm": self.row, "facts": self.facts, "map": self.map, "probe": self.probe,
+                "plan": plan, "refusal": refusal })
     }
 }
 
@@ -90,12 +110,35 @@ pub fn find(request: &Request, log: &Log) -> Result<Target, Failure> {
 /// # Errors
 /// [`Failure`] when the VM cannot be looked at.
 pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
-    let target = find::one(&request.vm)?;
-    let whom = target.whom();
-    let asked = Monitor::open(&whom, &Notes::default())?.look(&whom)?;
-    let looked = look(request, target, asked, &Log::begin())?;
+    let (target, log) = (find::one(&request.vm)?, Log::begin());
+    let (looked, probe) = match request.probe {
+        false => {
+            let whom = target.whom();
+            let asked = Monitor::open(&whom, &Notes::default())?.look(&whom)?;
+            (look(request, target, asked, &log)?, None)
+        }
+        true => probe(request, target, &log)?,
+    };
     let decision = plan::choose(&looked.facts, &request.wish);
-    Ok(Surveyed { row: looked.target.row, facts: looked.facts, map: looked.located.map, decision })
+    let Looked { target, facts, located, .. } = looked;
+    Ok(Surveyed { row: target.row, facts, map: located.map, probe, decision })
+}
+
+/// Looks, and holds the map against the head of QEMU's dump. As it stops the guest, it is done as an
+/// acquisition is: by a guardian, which lets go whatever happens.
+fn probe(request: &Request, target: Target, log: &Log) -> Result<(Looked, Option<Probe>), Failure> {
+    let mut guardian = Guardian::start(&target, log)?;
+    let looked = look(request, target, guardian.look()?, log)?;
+    plan::can_dump(&looked.facts).map_err(Failure::Refused)?;
+    let read = stream::dump_head(&mut guardian, request.wish.stall_budget);
+    let parting = guardian.bye();
+    if let Some(what) = parting.not_as_found {
+        return Err(Failure::NotAsFound(what));
+    }
+    let read = read.map_err(|error| Failure::Probe(Box::new(error)))?;
+    let manifest::Registers { stood, machine, cpus, map_difference, .. } =
+        dump::registers_of(&read, log, &looked.located.map);
+    Ok((looked, Some(Probe { stood, machine, cpus, map_difference })))
 }
 
 /// Maps the VM's memory by what QEMU `asked` said, and gathers what the decision rests on.
@@ -196,6 +239,7 @@ fn facts(
         hold: hold_facts(target, memory, resident, &usage),
         track: track_facts(memory),
         snapshot,
+        dump_unfit: dump_unfit(&qemu.vm.arch, located),
         max_rate: request.max_rate,
         image_bytes: located.map.imaged_len(),
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
@@ -306,11 +350,8 @@ fn snapshot_facts(
     if let Some(held) = memory.places().iter().find(|held| held.page_size() >= 1 << 30) {
         return unfit(format!("{} lies on pages of 1 GiB", held.place().range), None);
     }
-    let odd = |region: &&evidence::Region| {
-        [region.gpa, region.len, region.block_offset].iter().any(|at| at % evidence::PAGE != 0)
-    };
-    if let Some((region, _)) = located.map.imaged().find(|(region, _)| odd(region)) {
-        return unfit(format!("{:?} does not begin and end with a page", region.name), None);
+    if let Some(why) = odd(located) {
+        return unfit(why, None);
     }
     if !host::userfault::is_allowed_to(&target.process) {
         let why = "QEMU may not use userfaultfd on this host (vm.unprivileged_userfaultfd is 0, and \
@@ -325,6 +366,23 @@ fn snapshot_facts(
         // Whether QEMU can, QEMU will say; what it takes is not known.
         Err(error) => unfit(format!("userfaultfd could not be tried out: {}", told(&error)), None),
     }
+}
+
+/// Why QEMU's dump cannot be used, if it cannot.
+fn dump_unfit(arch: &str, located: &Located) -> Option<String> {
+    match arch {
+        "x86_64" | "i386" | "aarch64" => odd(located),
+        _ => Some(format!("that of a guest of {arch:?} is not understood")),
+    }
+}
+
+/// Why pages cannot be told apart by their addresses, if they cannot.
+fn odd(located: &Located) -> Option<String> {
+    let odd = |region: &evidence::Region| {
+        [region.gpa, region.len, region.block_offset].iter().any(|at| at % evidence::PAGE != 0)
+    };
+    let (region, _) = located.map.imaged().find(|(region, _)| odd(region))?;
+    Some(format!("{:?} does not begin and end with a page", region.name))
 }
 
 /// Who writes guest memory beside QEMU's threads: whether vhost threads of the kernel do, and what

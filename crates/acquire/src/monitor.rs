@@ -6,7 +6,7 @@
 use crate::find::LibvirtDomain;
 use crate::log::Notes;
 use crate::told;
-use qemu::facts::{BlockTimes, Facts, Migration};
+use qemu::facts::{BlockTimes, Dump, Facts, Migration};
 use qemu::qmp::{Capability, Change, Exchange};
 use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
@@ -323,6 +323,14 @@ impl Monitor {
     /// [`AskError::Query`].
     pub fn migration(&mut self) -> Result<Migration, AskError> {
         self.facts().migration().map_err(|error| AskError::Query(told(&error)))
+    }
+
+    /// What QEMU says of its last dump.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub fn dump(&mut self) -> Result<Dump, AskError> {
+        self.facts().dump().map_err(|error| AskError::Query(told(&error)))
     }
 
     /// Which of QEMU's settings of migration are set, and its parameters.

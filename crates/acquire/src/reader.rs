@@ -1,15 +1,17 @@
-//! The reader: takes the guest's memory out of QEMU's migration stream and puts it into the store,
-//! and can do nothing else. One for each snapshot.
+//! The reader: takes the guest's memory out of QEMU's migration stream, or out of its dump, and puts it
+//! into the store, and can do nothing else. One for each snapshot or dump.
 //!
 //! The stream is as hostile as the guest: so it is parsed by a process that has no rights, cannot
 //! open a file, and holds nothing but the socket, the store and three files that capture looks
-//! into: the [`Table`] of what is there, the devices' state, and its pulse ([`crate::stall`]).
+//! into: the [`Table`] of what is there, the devices' state (the dump's head), and its pulse
+//! ([`crate::stall`]).
 //!
 //! QEMU waits while the socket is full, and the guest may wait with it: what goes to a disk goes
 //! through a queue in memory, and a thread of its own writes.
 
 use crate::handed::{NOBODY, Where, segments};
 use crate::role::{self, Peer, Role};
+use crate::seal::is_zero;
 use crate::seal::table::{Entry, Table};
 use crate::stall;
 use crate::told;
@@ -20,6 +22,7 @@ use evidence::{GuestRange, PAGE, PageState};
 use host::channel::{self, Channel, ChannelError};
 use host::clock::monotonic_ns;
 use host::{DiskStore, Store};
+use qemu::dump;
 use qemu::stream::{self, Sink, VirtioMem};
 use qemu::text::Excerpt;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -57,9 +60,22 @@ enum Ask {
     Begin(Begin),
 }
 
+/// What comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// QEMU's stream of migration: a snapshot.
+    Snapshot,
+    /// QEMU's dump.
+    Dump,
+    /// The same, of which nothing but the head is read.
+    DumpHead,
+}
+
 /// What the reader has to know.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Begin {
+    /// What comes.
+    pub kind: Kind,
     /// Where memory lies in the store.
     pub store: Vec<Where>,
     /// Where QEMU's blocks lie in the guest's memory.
@@ -108,12 +124,27 @@ pub struct Whole {
     pub devices: Vec<SnapshotDevice>,
     /// Where description and stream disagree.
     pub unaccounted: Option<String>,
-    /// Bytes of the devices' state, in their file.
+    /// Bytes of the devices' state, or of the dump's head, in their file.
     pub device_state: u64,
+    /// What the dump's head says.
+    pub head: Option<Head>,
     /// When the first page had come, by CLOCK_MONOTONIC in nanoseconds; 0 if none did.
     pub first_page_ns: u64,
     /// When the stream's last bytes came.
     pub last_ns: u64,
+}
+
+/// What a dump says before its memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// The guest's instruction set.
+    pub machine: String,
+    /// The vCPUs by QEMU's index, in the order of the notes.
+    pub cpus: Vec<u32>,
+    /// Memory: start and length, in the stream's order.
+    pub memory: Vec<(u64, u64)>,
+    /// The guest left a note of its own.
+    pub guest_note: bool,
 }
 
 /// The process.
@@ -133,7 +164,13 @@ fn serve(mut channel: Channel) -> Result<(), String> {
     let mut next = || fds.next().ok_or_else(|| "a file is missing".to_owned());
     let (stream, store, table, state, pulse) = (next()?, next()?, next()?, next()?, next()?);
     // Opened for direct I/O while files can be opened.
-    let store = DiskStore::new(File::from(store), segments(&begin.store)?).map_err(|e| told(&e))?;
+    let store = match begin.kind {
+        Kind::DumpHead => None,
+        _ => {
+            let segments = segments(&begin.store)?;
+            Some(DiskStore::new(File::from(store), segments).map_err(|e| told(&e))?)
+        }
+    };
     let in_force = host::sandbox::seal(Some(NOBODY)).map_err(|e| told(&e))?;
     // From here on there is nothing that this process could do to anybody.
     let rights = role::rights(Role::Reader.word(), std::process::id(), &in_force);
@@ -142,7 +179,18 @@ fn serve(mut channel: Channel) -> Result<(), String> {
     role::say(&mut channel, &Said::Begun(rights), PROMPT).map_err(|e| e.to_string())?;
     let pulse =
         Pulsed { stream: File::from(stream), pulse: File::from(pulse), count: 0, last_ns: 0 };
-    let ended = take(&begin, pulse, store, Table::new(File::from(table)), &File::from(state));
+    let state = File::from(state);
+    let ended = match store {
+        None => take_head(pulse, &state),
+        Some(store) => {
+            let taker = Taker::new(&begin, store, Table::new(File::from(table)));
+            let taker = taker.map_err(|e| told(&e))?;
+            match begin.kind {
+                Kind::Snapshot => take_snapshot(taker, pulse, &state),
+                _ => take_dump(taker, pulse, &state),
+            }
+        }
+    };
     role::say(&mut channel, &Said::Ended(ended.map(Box::new)), PROMPT).map_err(|e| e.to_string())
 }
 
@@ -159,21 +207,68 @@ fn end_with_capture(channel: Channel) -> io::Result<()> {
     thread::Builder::new().name("listen".to_owned()).spawn(listen).map(drop)
 }
 
-/// Takes all of the stream.
-fn take(
-    begin: &Begin,
-    mut stream: Pulsed,
-    store: DiskStore,
-    table: Table,
-    state: &File,
-) -> Result<Whole, String> {
-    let mut taker = Taker::new(begin, store, table).map_err(|e| told(&e))?;
+/// Takes the head of a dump. The stream is closed when this returns: QEMU ends its dump.
+fn take_head(mut stream: Pulsed, state: &File) -> Result<Whole, String> {
+    let (head, _) = dump::head(&mut stream, DEVICE_STATE).map_err(|error| told(&error))?;
+    state.write_all_at(&head.bytes, 0).map_err(|e| told(&e))?;
+    Ok(of_dump(&head, head.bytes.len() as u64, stream.last_ns))
+}
+
+/// Takes all of a dump.
+fn take_dump(mut taker: Taker, mut stream: Pulsed, state: &File) -> Result<Whole, String> {
+    let (head, memory) = dump::head(&mut stream, DEVICE_STATE).map_err(|error| told(&error))?;
+    state.write_all_at(&head.bytes, 0).map_err(|e| told(&e))?;
+    let read = memory.read(|gpa, bytes| taker.memory(gpa, bytes));
+    // What came is kept, whatever ended it.
+    let kept = taker.finish(&[]);
+    read.map_err(|error| told(&error))?;
+    let kept = kept.map_err(|e| told(&e))?;
+    let whole = of_dump(&head, head.len, stream.last_ns);
+    Ok(Whole {
+        pages: kept.pages,
+        zero_pages: kept.zero_pages,
+        other_pages: kept.other_pages,
+        first_page_ns: kept.first_page_ns,
+        ..whole
+    })
+}
+
+/// A dump of `len` bytes, of whose memory nothing is known.
+fn of_dump(head: &dump::Head, len: u64, last_ns: u64) -> Whole {
+    let machine = match head.machine {
+        dump::Machine::I386 => "i386",
+        dump::Machine::X86_64 => "x86-64",
+        dump::Machine::Aarch64 => "aarch64",
+    };
+    let memory = head.segments.list().iter().map(|s| (s.range.start(), s.range.len()));
+    Whole {
+        len,
+        machine: String::new(),
+        pages: 0,
+        zero_pages: 0,
+        other_pages: 0,
+        devices: Vec::new(),
+        unaccounted: None,
+        device_state: head.bytes.len() as u64,
+        head: Some(Head {
+            machine: machine.to_owned(),
+            cpus: head.cpus.iter().map(|cpu| cpu.index).collect(),
+            memory: memory.collect(),
+            guest_note: head.guest_note.is_some(),
+        }),
+        first_page_ns: 0,
+        last_ns,
+    }
+}
+
+/// Takes all of a snapshot.
+fn take_snapshot(mut taker: Taker, mut stream: Pulsed, state: &File) -> Result<Whole, String> {
     let read = stream::read(&mut stream, &mut taker, DEVICE_STATE);
     let discarded = read.as_ref().map(|rest| rest.virtio_mem.as_slice()).unwrap_or_default();
     // What came is kept, whatever ended it.
     let kept = taker.finish(discarded);
     let rest = read.map_err(|error| told(&error))?;
-    let (other_pages, first_page_ns) = kept.map_err(|e| told(&e))?;
+    let Kept { other_pages, first_page_ns, .. } = kept.map_err(|e| told(&e))?;
     state.write_all_at(&rest.device_state, 0).map_err(|e| told(&e))?;
     let devices = rest.devices.into_iter().take(DEVICES).map(|device| SnapshotDevice {
         name: Excerpt::new(&device.name).to_string(),
@@ -190,6 +285,7 @@ fn take(
         devices: devices.collect(),
         unaccounted: rest.unaccounted.map(|place| place.to_string()),
         device_state: rest.device_state.len() as u64,
+        head: None,
         first_page_ns,
         last_ns: stream.last_ns,
     })
@@ -233,9 +329,21 @@ struct Taker {
     reserved: Vec<GuestRange>,
     spare: Option<u64>,
     run: Option<Run>,
-    other_pages: u64,
-    first_page_ns: u64,
+    kept: Kept,
     out: Out,
+}
+
+/// What was taken.
+#[derive(Clone, Copy, Debug, Default)]
+struct Kept {
+    /// Pages with bytes, of a dump.
+    pages: u64,
+    /// Pages of zeros, of a dump.
+    zero_pages: u64,
+    /// Pages at no place.
+    other_pages: u64,
+    /// When the first came.
+    first_page_ns: u64,
 }
 
 /// The way into the store and the table.
@@ -296,8 +404,7 @@ impl Taker {
             reserved: ranges.collect(),
             spare: begin.spare,
             run: None,
-            other_pages: 0,
-            first_page_ns: 0,
+            kept: Kept::default(),
             out,
         })
     }
@@ -377,9 +484,8 @@ impl Taker {
         put
     }
 
-    /// All has come: gives back how many pages were at no place, and when the first came. The table is
-    /// whole then.
-    fn finish(mut self, discarded: &[VirtioMem]) -> io::Result<(u64, u64)> {
+    /// All has come. The table is whole then.
+    fn finish(mut self, discarded: &[VirtioMem]) -> io::Result<Kept> {
         let flushed = self.flush();
         let table = match self.out {
             Out::Here(_, table) => table,
@@ -396,20 +502,51 @@ impl Taker {
         for (number, entry) in (0u64..).zip(&self.entries) {
             table.put(number, entry)?;
         }
-        Ok((self.other_pages, self.first_page_ns))
+        Ok(self.kept)
+    }
+
+    /// Takes a dump's memory from `gpa` on, whole pages of it: the image has some of it.
+    fn memory(&mut self, gpa: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.kept.first_page_ns == 0 {
+            self.kept.first_page_ns = monotonic_ns();
+        }
+        let (mut gpa, mut left) = (gpa, bytes);
+        while !left.is_empty() {
+            let to_border = usize::try_from(PAGE - gpa % PAGE).unwrap_or(left.len());
+            let (page, rest) = left.split_at(to_border.min(left.len()));
+            let bytes = (!is_zero(page)).then_some(page);
+            if self.has(gpa) {
+                match bytes {
+                    Some(_) => self.kept.pages += 1,
+                    None => self.kept.zero_pages += 1,
+                }
+                self.page_at(gpa, bytes)?;
+            } else {
+                self.kept.other_pages += 1;
+            }
+            gpa += page.len() as u64;
+            left = rest;
+        }
+        Ok(())
+    }
+
+    /// Whether the image has the page at `gpa`.
+    fn has(&self, gpa: u64) -> bool {
+        let cell = self.entries.partition_point(|entry| entry.block.end() <= gpa);
+        self.entries.get(cell).is_some_and(|entry| entry.block.start() <= gpa)
     }
 
     /// Gives the page at `offset` of the stream's block to every place that it has.
     fn each_place(&mut self, block: usize, offset: u64, bytes: Option<&[u8]>) -> io::Result<()> {
-        if self.first_page_ns == 0 {
-            self.first_page_ns = monotonic_ns();
+        if self.kept.first_page_ns == 0 {
+            self.kept.first_page_ns = monotonic_ns();
         }
         let places = self.by_block.get(block).map(Vec::as_slice).unwrap_or_default();
         let inside = |place: &&Place| offset >= place.offset && offset - place.offset < place.len;
         let gpas: Vec<u64> =
             places.iter().filter(inside).map(|p| p.gpa + (offset - p.offset)).collect();
         if gpas.is_empty() {
-            self.other_pages += 1;
+            self.kept.other_pages += 1;
         }
         gpas.into_iter().try_for_each(|gpa| self.page_at(gpa, bytes))
     }
@@ -561,6 +698,7 @@ mod tests {
     fn begin(spare: Option<u64>) -> Begin {
         let place = |offset, gpa, len| Place { block: "ram".into(), offset, gpa, len };
         Begin {
+            kind: Kind::Snapshot,
             store: Vec::new(),
             places: vec![place(0, 0, BLOCK), place(BLOCK - 4 * P, 8 * BLOCK, 4 * P)],
             reserved: vec![(0, 2 * P)],
@@ -608,7 +746,11 @@ mod tests {
             }
             taker.zero_page(1, 2 * P).unwrap();
             taker.page(0, 0, &page(9)).unwrap();
-            assert_eq!(taker.finish(&[]).unwrap().0, 1, "of video memory nothing is in the image");
+            assert_eq!(
+                taker.finish(&[]).unwrap().other_pages,
+                1,
+                "of video memory nothing is in the image"
+            );
             let table = Table::new(table);
             let (low, high) = (table.get(0).unwrap(), table.get(1).unwrap());
             assert!(low.sealed && high.sealed);

@@ -95,6 +95,10 @@ pub struct Story<'a> {
     pub snapshot: Option<manifest::Snapshot>,
     /// How QEMU copied in slices.
     pub slices: Option<manifest::Slices>,
+    /// What is known of QEMU's dump.
+    pub dump: Option<manifest::Dump>,
+    /// The vCPUs' registers.
+    pub registers: Option<manifest::Registers>,
     /// Files that belong to the exhibit beside image and record.
     pub attachments: Vec<FileRecord>,
     /// What was done to the guest in order to hold it.
@@ -155,6 +159,8 @@ impl Story<'_> {
             tracking: self.tracking.clone(),
             snapshot: self.snapshot.clone(),
             slices: self.slices.clone(),
+            dump: self.dump.clone(),
+            registers: self.registers(),
             case: case(&self.request.case),
             operator: operator(),
             clock: self.clock(),
@@ -205,6 +211,17 @@ impl Story<'_> {
             utc: host::clock::later(&self.began, mono_ns.saturating_sub(self.origin_ns()))?,
             bound_ns: half.saturating_add(clock_error),
         })
+    }
+
+    /// The registers; of the instant when the guest stood from then to the end.
+    fn registers(&self) -> Option<manifest::Registers> {
+        let registers = self.registers.clone()?;
+        let found_standing = |state: &str| state == "paused" || state == "prelaunch";
+        let stood = found_standing(&self.vm.run_state)
+            && self.run_state_after.as_deref() == Some(self.vm.run_state.as_str())
+            && !self.events.iter().any(|name| name == "RESUME" || name == "RESET");
+        let own = registers.source == manifest::RegistersSource::Dump;
+        Some(manifest::Registers { of_tau: (own || stood) && self.tau().is_some(), ..registers })
     }
 
     /// What lies between time 0 of the record and the moment in which UTC was looked at.
@@ -298,9 +315,9 @@ impl Story<'_> {
         if !has_image {
             return Vec::new();
         }
-        let reason = match &self.snapshot {
-            Some(_) => "QEMU's stream did not have it".to_owned(),
-            None => fault_reason(&self.faults),
+        let reason = match self.snapshot.is_some() || self.dump.is_some() {
+            true => "QEMU's stream did not have it".to_owned(),
+            false => fault_reason(&self.faults),
         };
         let unreadable = cells.iter().flat_map(|cell| {
             pages(cell.block)
@@ -462,7 +479,7 @@ pub fn hold_change(hold: &manifest::Hold, told: bool) -> Option<Change> {
             "QEMU was told `stop` and `cont`: the guest stood for {ms} ms at most, its clock with it, \
              and QEMU wrote its disks out"
         ))),
-        (manifest::HoldKind::Stop, false) => None,
+        (manifest::HoldKind::Stop, false) | (manifest::HoldKind::Dump, _) => None,
     }
 }
 
@@ -486,6 +503,47 @@ pub fn no_snapshot_change() -> Change {
     let what = "QEMU was perhaps told to take a background snapshot, and its settings of migration were \
                 put back: the journal has what was sent";
     for_one_instant(what.to_owned())
+}
+
+/// What QEMU's dump changed.
+pub fn dump_change(hold: &manifest::Hold) -> Change {
+    for_one_instant(format!(
+        "QEMU was told to dump (dump-guest-memory) into a socket of ours (getfd): the guest stood for {} ms \
+         at most, its clock with it, QEMU wrote its disks out and read every page; its query-dump tells of \
+         this dump until the next one",
+        hold.stall_ns().div_ceil(1_000_000)
+    ))
+}
+
+/// What may have been done where no dump began.
+pub fn no_dump_change() -> Change {
+    let what =
+        "QEMU was perhaps told to dump, and the socket was closed: the journal has what was sent";
+    for_one_instant(what.to_owned())
+}
+
+/// What a dump changed of which nothing but the head was read.
+pub fn registers_change(registers: &manifest::Registers) -> Change {
+    let Span { t0_ns, t1_ns } = registers.stood;
+    Change {
+        what: format!(
+            "QEMU was told to dump (dump-guest-memory) into a socket of ours (getfd), which was closed behind \
+             the registers: the guest stood some time of {} ms, its clock with it, and QEMU wrote its disks \
+             out; its query-dump tells of a failed dump until the next one",
+            (t1_ns - t0_ns).div_ceil(1_000_000)
+        ),
+        why: "the registers of the vCPUs were asked for".to_owned(),
+    }
+}
+
+/// What may have been done where no registers came.
+pub fn no_registers_change() -> Change {
+    Change {
+        what: "QEMU was perhaps told to dump for its head, and the socket was closed: the journal has what was \
+               sent"
+            .to_owned(),
+        why: "the registers of the vCPUs were asked for".to_owned(),
+    }
 }
 
 /// What QEMU's copying changed.

@@ -130,6 +130,7 @@ fn deadline(held: &Line) -> Option<u64> {
     match held {
         Line::Ptrace { until_ns, .. }
         | Line::Stop { until_ns }
+        | Line::Dump { until_ns }
         | Line::Snapshot { until_ns, .. } => Some(*until_ns),
         Line::Begin { .. } | Line::Slices | Line::Free => None,
     }

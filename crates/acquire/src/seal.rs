@@ -144,7 +144,7 @@ fn note_zeros(entry: &mut Entry, bytes: &[u8]) {
 }
 
 /// Whether all bytes are zero.
-fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<64>();
     words.iter().all(|word| word == &[0; 64]) && rest.iter().all(|&byte| byte == 0)
 }

@@ -95,6 +95,11 @@ pub enum Line {
     },
     /// QEMU is about to be given a file of ours to copy memory into.
     Slices,
+    /// QEMU is about to be told to dump into a socket of ours.
+    Dump {
+        /// CLOCK_MONOTONIC in nanoseconds at which the socket must have been closed.
+        until_ns: u64,
+    },
     /// Nothing is held any more.
     Free,
 }

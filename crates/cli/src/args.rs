@@ -100,6 +100,9 @@ pub(crate) struct How {
     /// How much QEMU copies at a time, for pmemsave: 4K to 1M
     #[arg(long, value_parser = slice, default_value = "1M", value_name = "SIZE")]
     pub(crate) slice: u64,
+    /// Take the vCPUs' registers too, by the head of QEMU's dump: QEMU stops the guest for about 1 ms
+    #[arg(long)]
+    pub(crate) registers: bool,
     /// The image's format
     #[arg(long, value_enum, default_value = "elf")]
     pub(crate) format: FormatArg,
@@ -129,6 +132,9 @@ pub(crate) struct Plan {
     /// The directory that the exhibit would be made in
     #[arg(short, long, value_name = "DIR")]
     pub(crate) output: Option<PathBuf>,
+    /// Hold the map against the head of QEMU's own dump: QEMU stops the guest for about 1 ms
+    #[arg(long)]
+    pub(crate) probe: bool,
     /// The most bytes of guest memory read a second: 500M
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pub(crate) max_rate: Option<u64>,
@@ -172,7 +178,7 @@ pub(crate) enum YesNo {
     No,
 }
 
-/// The methods of this version.
+/// The methods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum MethodArg {
     /// One pass into memory while the guest is held; class instantaneous
@@ -185,6 +191,8 @@ pub(crate) enum MethodArg {
     Snapshot,
     /// Two whole passes, the guest never held; class none, the smear measured
     Live,
+    /// QEMU's own dump into a socket of ours, the guest stopped throughout; class instantaneous
+    Dump,
     /// QEMU copies its memory slice by slice, each held against a read of ours just before; class none
     Pmemsave,
 }
@@ -196,6 +204,7 @@ impl From<MethodArg> for acquire::plan::Method {
             MethodArg::Track => Self::Track,
             MethodArg::Snapshot => Self::Snapshot,
             MethodArg::Live => Self::Live,
+            MethodArg::Dump => Self::Dump,
             MethodArg::Pmemsave => Self::Pmemsave,
         }
     }

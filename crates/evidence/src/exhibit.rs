@@ -23,6 +23,9 @@ pub const MAP_BEFORE: &str = "map-before.txt";
 pub const MAP_AFTER: &str = "map-after.txt";
 /// State of devices and vCPUs at the instant: the stream of a snapshot without its pages.
 pub const DEVICE_STATE: &str = "device-state.bin";
+/// What QEMU's dump has before memory: ELF header, program headers, and the notes with the registers of
+/// the vCPUs.
+pub const DUMP_HEAD: &str = "dump-head.bin";
 /// The report, for a browser.
 pub const REPORT_HTML: &str = "report.html";
 /// The report as text.

@@ -152,6 +152,12 @@ pub struct Manifest {
     /// How QEMU copied its memory in slices; null for every other method than `pmemsave`.
     #[serde(default)]
     pub slices: Option<Slices>,
+    /// What is known of QEMU's dump; null for every other method than `dump`.
+    #[serde(default)]
+    pub dump: Option<Dump>,
+    /// The vCPUs' registers, by QEMU's word; null when nobody asked for them.
+    #[serde(default)]
+    pub registers: Option<Registers>,
     /// What the examiner says of the case.
     pub case: Case,
     /// Who ran the tool.
@@ -234,6 +240,8 @@ pub enum HoldKind {
     Ptrace,
     /// QEMU was asked by `stop` and `cont`; a VM that was found paused was not asked.
     Stop,
+    /// QEMU stopped the guest for its own dump, and let it go on at its end.
+    Dump,
 }
 
 impl HoldKind {
@@ -242,6 +250,7 @@ impl HoldKind {
         match self {
             HoldKind::Ptrace => "ptrace",
             HoldKind::Stop => "stop",
+            HoldKind::Dump => "dump",
         }
     }
 }
@@ -252,14 +261,15 @@ impl HoldKind {
 pub struct Hold {
     /// How.
     pub kind: HoldKind,
-    /// When the first thread was interrupted, or `stop` was sent: the guest's stall began then at
-    /// the earliest.
+    /// When the first thread was interrupted, or `stop` or the dump's command was sent: the guest's
+    /// stall began then at the earliest.
     pub began_ns: u64,
     /// From here on nothing of the guest ran.
     pub held_ns: u64,
     /// Up to here nothing of the guest ran.
     pub released_ns: u64,
-    /// When the last thread was let go, or `cont` was answered: the stall ended then at the latest.
+    /// When the last thread was let go, `cont` was answered, or QEMU had told that the guest goes on:
+    /// the stall ended then at the latest.
     pub ended_ns: u64,
     /// Threads that were stopped; 0 when QEMU stopped itself.
     pub threads: u32,
@@ -412,6 +422,62 @@ pub struct Slices {
     pub budget_ns: u64,
     /// How many took longer than that.
     pub over_budget: u64,
+}
+
+/// QEMU's own dump (`dump-guest-memory`), written into a socket of ours. The guest stands until it is
+/// whole: the hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Dump {
+    /// QEMU's word for how it ended: `completed`, `failed`; null when QEMU did not say.
+    pub status: Option<String>,
+    /// QEMU's reason for an end too soon.
+    pub error: Option<String>,
+    /// Bytes of the stream; null when it was not whole, as all below.
+    pub stream_bytes: Option<u64>,
+    /// Pages with bytes.
+    pub pages: Option<u64>,
+    /// Pages of zeros.
+    pub zero_pages: Option<u64>,
+    /// Pages of memory that the image does not have, such as NVDIMMs.
+    pub other_pages: Option<u64>,
+    /// The longest that QEMU's bytes lay unread, in nanoseconds.
+    pub longest_wait_ns: u64,
+}
+
+/// The vCPUs' registers as QEMU's dump gives them: what it writes before memory, in a file of its own.
+/// Times are monotonic nanoseconds since the start of the acquisition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Registers {
+    /// Where they are from.
+    pub source: RegistersSource,
+    /// The guest stood some time between, and the registers are those of that stop.
+    pub stood: Span,
+    /// They are those of the instant that the image shows.
+    pub of_tau: bool,
+    /// The guest's instruction set, by the dump's ELF header: `x86-64`, `i386` (the first vCPU is not
+    /// in long mode), `aarch64`.
+    pub machine: String,
+    /// The vCPUs by QEMU's index, in the order of the notes.
+    #[schemars(length(max = 65_536))]
+    pub cpus: Vec<u32>,
+    /// The guest left its own note (vmcoreinfo device) there.
+    pub guest_note: bool,
+    /// How the ranges of memory that the dump names differ from the map; null when they agree.
+    pub map_difference: Option<String>,
+    /// The attachment: an ELF core without its memory.
+    pub file: String,
+}
+
+/// Where registers are from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RegistersSource {
+    /// The dump that the image is from.
+    Dump,
+    /// A dump of which nothing but the head was read: QEMU stopped the guest for it.
+    HeaderOnlyDump,
 }
 
 /// Who has QEMU copy its memory.
@@ -930,7 +996,7 @@ impl Manifest {
         let instant = self.class != Class::None;
         let tau = !instant || self.tau.is_some();
         out.unless(tau, "tau", "the class says that the image shows one instant");
-        let by_hold = matches!(self.method, Method::Freeze | Method::Track);
+        let by_hold = matches!(self.method, Method::Freeze | Method::Track | Method::Dump);
         let lasted = self.hold.as_ref().is_some_and(|hold| hold.lasted);
         out.unless(!instant || !by_hold || lasted, "hold", "the class needs one that lasted");
         let differs = self.audit.as_ref().is_some_and(|audit| audit.differing > 0);
@@ -940,6 +1006,36 @@ impl Manifest {
         self.check_tracking(out);
         self.check_snapshot(out);
         self.check_slices(out);
+        self.check_dump(out);
+    }
+
+    fn check_dump(&self, out: &mut Out) {
+        let own = self.method == Method::Dump;
+        let by_dump = self.hold.as_ref().is_some_and(|hold| hold.kind == HoldKind::Dump);
+        out.unless(
+            own || !by_dump,
+            "hold.kind",
+            "no other method than dump is held by QEMU's dump",
+        );
+        out.unless(own || self.dump.is_none(), "dump", "is of no other method than dump");
+        if own && self.class != Class::None {
+            let dump = self.dump.as_ref();
+            let whole = dump.is_some_and(|dump| dump.stream_bytes.is_some());
+            out.unless(whole, "dump.stream_bytes", "the class needs the whole stream");
+            let status = dump.and_then(|dump| dump.status.as_deref());
+            out.unless(status == Some("completed"), "dump.status", "the class needs a whole one");
+            out.unless(by_dump, "hold.kind", "the class needs that of the dump");
+        }
+        let Some(registers) = &self.registers else { return };
+        let from_dump = registers.source == RegistersSource::Dump;
+        out.unless(own == from_dump, "registers.source", "is not that of the method");
+        let named = self.attachments.iter().any(|file| file.file == registers.file);
+        out.unless(named, "registers.file", "is no attachment");
+        let stood = registers.stood;
+        let ordered = stood.t0_ns <= stood.t1_ns && stood.t1_ns <= self.clock.mono_end_ns;
+        out.unless(ordered, "registers.stood", "runs backwards or ends after the record");
+        let instant = !registers.of_tau || self.tau.is_some();
+        out.unless(instant, "registers.of_tau", "there is no instant that they could be of");
     }
 
     fn check_slices(&self, out: &mut Out) {
@@ -1225,6 +1321,8 @@ pub(crate) mod tests {
             tracking: None,
             snapshot: None,
             slices: None,
+            dump: None,
+            registers: None,
             case: Case { number: Some("2026-117".into()), ..Case::default() },
             operator: Operator {
                 uid: 1000,

@@ -90,6 +90,11 @@ fn a_domain_is_imaged_by_every_method(lab: &Lab) -> Result<()> {
     assert!(doctor.contains("unprivileged_userfaultfd=1") && doctor.contains(price), "{doctor}");
     drop(denied);
 
+    for flags in [&["--method", "dump"][..], &["--method", "live", "--registers"]] {
+        let refused = lab.tool([&["plan", NAME], flags].concat())?.expect_code(4)?;
+        assert!(refused.stderr.contains("ends libvirtd"), "{}", refused.stderr);
+    }
+
     let _allowed = Userfaults::set("1")?;
     for (method, flags, class) in [
         ("live", &[][..], "none"),

@@ -2,6 +2,7 @@
 
 mod cli;
 mod disk;
+mod dump;
 mod exhibit;
 mod faults;
 mod footprint;
@@ -39,6 +40,7 @@ pub(crate) fn all() -> Vec<Test> {
         tearbench::TESTS,
         disk::TESTS,
         pmemsave::TESTS,
+        dump::TESTS,
         libvirt::TESTS,
         managers::TESTS,
         holds::TESTS,

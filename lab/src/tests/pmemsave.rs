@@ -66,6 +66,7 @@ fn a_stopped_guest_is_the_same_by_every_method(lab: &Lab) -> Result<()> {
             ("freeze", &["--hold", "stop", "--stall-budget", "20s"]),
             (METHOD, &[]),
             (METHOD, &["--slice", "64K", "--store", "disk", "--format", "lime"]),
+            ("dump", &["--stall-budget", "20s"]),
         ] {
             let exhibit = acquire(lab, &guest, method, flags)?;
             roots.push(exhibit.manifest["memory_root"].clone());

@@ -362,7 +362,7 @@ impl Swapping {
         let thread = spawn(move || {
             while !ended.load(Ordering::Relaxed) {
                 // EAGAIN: so much was not to be had just now.
-                let _ = fs::write(&reclaim, "4M");
+                let _ = fs::write(&reclaim, "2M");
                 sleep(Duration::from_millis(20));
             }
         });

@@ -56,6 +56,12 @@ pub enum PassError {
     /// QEMU gave no snapshot.
     #[error(transparent)]
     Snapshot(super::snapshot::SnapshotError),
+    /// QEMU's dump.
+    #[error(transparent)]
+    Dump(super::dump::DumpError),
+    /// A stream of QEMU's.
+    #[error(transparent)]
+    Stream(super::stream::StreamError),
     /// QEMU did not copy a slice.
     #[error(transparent)]
     Slices(super::pmemsave::SliceError),
@@ -221,7 +227,7 @@ pub fn freeze(
     };
     match planned.kind {
         HoldKind::Ptrace => freezer.by_ptrace(process, guardian, stalls_ns),
-        HoldKind::Stop => freezer.by_stop(guardian),
+        HoldKind::Stop | HoldKind::Dump => freezer.by_stop(guardian),
     }
 }
 

@@ -5,89 +5,30 @@
 //! through. Beside QEMU's word for that there is the *audit*: pages are read from outside while the
 //! kernel shows them as still protected, and held against what QEMU sent of them.
 
-use super::process::{Pass, PassError, Picks, Work};
+use super::process::{Pass, PassError, Work};
+use super::sample::{Samples, protected, sample};
+use super::stream::{Destination, Taking};
 use crate::copy::{Cell, Cut};
-use crate::event::{Event, Phase};
 use crate::guardian::{Guardian, GuardianError, ShotEnd, Stops};
-use crate::handed::wheres;
-use crate::plan::{AUDIT_PAGES, PlannedSnapshot};
-use crate::reader::{self, Begin, Place, Reader, Whole, scratch_file};
-use crate::seal::table::Table;
-use crate::stall::{self, Watch};
+use crate::plan::PlannedSnapshot;
+use crate::reader::{Kind, Whole};
 use crate::told;
-use evidence::block::{BLOCK_PAGES, index};
-use evidence::digest::{Digest, sha256};
-use evidence::manifest::{self, Audit};
+use evidence::MemoryMap;
+use evidence::manifest;
 use evidence::record::Span;
-use evidence::state::pages;
-use evidence::{GuestRange, MemoryMap, PageState, Segments};
 use host::clock::Moment;
-use host::pagemap::Entry;
-use host::{Source, Store};
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
-
-/// How often it is looked whether the stream is read.
-const LOOK: Duration = Duration::from_millis(3);
-
-/// How long QEMU may be silent: it gives every page memory first, which takes a while.
-const SILENT: Duration = Duration::from_secs(120);
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
-    /// Sockets and files in memory.
-    #[error("{what} could not be made")]
-    Make {
-        /// Which.
-        what: &'static str,
-        /// Why.
-        #[source]
-        cause: io::Error,
-    },
-    /// The process that reads.
-    #[error("the snapshot's stream: {0}")]
-    Reader(String),
     /// QEMU would not, or the guardian was lost.
     #[error("QEMU's snapshot did not begin")]
     Begin(#[source] GuardianError),
-    /// QEMU waited too long for us.
-    #[error(
-        "the snapshot's stream was not read for {} ms, and the guest may be held for {} ms: it was \
-         broken off, and the guest goes on", waited.as_millis(), budget.as_millis()
-    )]
-    Stalled {
-        /// How long.
-        waited: Duration,
-        /// The stall budget.
-        budget: Duration,
-    },
-    /// QEMU sends nothing.
-    #[error("QEMU sent nothing of its snapshot for {} s", SILENT.as_secs())]
-    Silent,
     /// What QEMU says of it in the end.
     #[error("QEMU's snapshot ended as {0}")]
     Ended(String),
-}
-
-/// Where what is read goes.
-pub struct Destination<'a> {
-    /// Where memory lies in it.
-    pub segments: &'a Segments,
-    /// It, to be written by position.
-    pub file: BorrowedFd<'a>,
-    /// Memory that it has room for.
-    pub reserved: &'a [GuestRange],
-    /// Bytes that may be put beside that; `None`: no limit but its own.
-    pub spare: Option<u64>,
-    /// Where the guest may have no memory, by QEMU's word: its virtio-mem devices.
-    pub pluggable: &'a [GuestRange],
 }
 
 /// What came of it.
@@ -106,46 +47,13 @@ pub struct Shot {
     pub end: Result<(), Cut<PassError>>,
 }
 
-/// Pages that were read from outside while nobody could write them.
-#[derive(Default)]
-pub struct Samples {
-    list: Vec<(GuestRange, Digest)>,
-    span: Option<Span>,
-}
-
-impl Samples {
-    /// Holds those that came against what `store` has of them; `None` when there are none.
-    pub fn audit(&self, cells: &[Cell], store: &dyn Store) -> Option<(Audit, Span)> {
-        let span = self.span?;
-        let (mut count, mut differing, mut buffer) = (0, Vec::new(), Vec::new());
-        for (at, digest) in self.list.iter().filter(|(at, _)| came(cells, *at)) {
-            count += 1;
-            buffer.resize(index(at.len()), 0);
-            if store.get(*at, &mut buffer).is_err() || sha256(&buffer) != *digest {
-                differing.push(at.start());
-            }
-        }
-        differing.sort_unstable();
-        Some((Audit::new(count, &differing), span))
-    }
-}
-
-/// Whether the page `at` came: what was cut off is a loss, and differs from nothing.
-fn came(cells: &[Cell], at: GuestRange) -> bool {
-    let cell = cells.partition_point(|cell| cell.block.end() <= at.start());
-    let Some(cell) = cells.get(cell).filter(|cell| cell.block.covers(at)) else { return false };
-    let page = pages(cell.block).position(|page| page == at);
-    let state = page.and_then(|page| cell.states.get(page));
-    matches!(state, Some(PageState::Data | PageState::Zero))
-}
-
 /// Has QEMU take a snapshot and reads it. The cells know what came; nothing of the store is looked
 /// at, for the reader writes it.
 pub fn snapshot(
     work: &Work<'_>,
     map: &MemoryMap,
     planned: &PlannedSnapshot,
-    into: &Destination<'_>,
+    into: (&Destination<'_>, BorrowedFd<'_>),
     guardian: &mut Guardian,
     cells: &mut [Cell],
     passes: &mut Vec<Pass>,
@@ -160,31 +68,36 @@ pub fn snapshot(
     };
     let budget = Duration::from_nanos(planned.at_most_ns);
     let before = host::clock::now();
-    let started = work.begin_pass().and_then(|()| Taking::start(work, map, budget, into, cells));
+    let started = work
+        .begin_pass()
+        .and_then(|()| Taking::start(work, Kind::Snapshot, map, budget, into, cells));
     let mut taking = match started {
         Ok(taking) => taking,
         Err(cut) => return Shot { end: Err(cut), ..shot },
     };
-    shot.rights = Some(taking.reader.rights.clone());
-    if let Err(error) = taking.begin(guardian) {
-        taking.reader.kill();
+    shot.rights = Some(taking.rights());
+    let begun = taking.begin(false, |[theirs, ours, pulse]| {
+        guardian.snapshot(planned.at_most_ns, theirs, ours, pulse)
+    });
+    if let Err(error) = begun {
+        taking.end_reader();
         return Shot { end: Err(failed(SnapshotError::Begin(error))), ..shot };
     }
-    let (samples, read) = taking.read(cells);
+    let (samples, read) = taking.read(|ended| sample(work, cells, protected, ended));
     let end = guardian.end_snapshot(read.is_ok());
     let clocks = (before, host::clock::now());
     // From here on nothing writes into the store any more.
-    taking.reader.kill();
+    taking.end_reader();
     shot.samples = samples;
-    taking.collect(cells, into.pluggable, read.as_ref().ok(), passes);
+    taking.collect(cells, &into.0.pluggable, read.as_ref().ok(), passes, u64::MAX);
     let ended = match &end {
         Ok(end) => as_ended(end),
         Err(error) => Err(SnapshotError::Ended(told(error))),
     };
     if let Ok(whole) = &read {
-        shot.device_state = taking.device_state(whole);
+        shot.device_state = taking.state(whole);
     }
-    let longest_wait_ns = nanos(taking.watch.longest());
+    let longest_wait_ns = taking.longest_wait_ns();
     // A successor of a guardian that was lost has put QEMU's settings back, or is at it.
     let restored = end.is_ok() || guardian.undone.iter().any(|undone| undone.held == "snapshot");
     let end = end.ok();
@@ -211,14 +124,6 @@ pub fn snapshot(
 
 fn failed(error: SnapshotError) -> Cut<PassError> {
     Cut::Failed(PassError::Snapshot(error))
-}
-
-fn nanos(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn make(what: &'static str) -> impl FnOnce(io::Error) -> Cut<PassError> {
-    move |cause| failed(SnapshotError::Make { what, cause })
 }
 
 /// A snapshot that QEMU ended in any way but whole.
@@ -273,7 +178,7 @@ fn stop_of(told: &Stops, at: impl Fn(i64) -> Option<u64>, page_ns: u64) -> Optio
 }
 
 /// Whether UTC was set meanwhile, by which QEMU tells of the stop.
-fn is_stepped(clocks: &(Moment, Moment)) -> bool {
+pub(super) fn is_stepped(clocks: &(Moment, Moment)) -> bool {
     host::clock::step_us(&clocks.0, &clocks.1).is_none_or(|step| step.unsigned_abs() > STEP_US)
 }
 
@@ -311,242 +216,6 @@ fn doubts(
         );
     }
     doubts
-}
-
-/// A snapshot under way.
-struct Taking<'a> {
-    work: &'a Work<'a>,
-    budget: Duration,
-    reader: Reader,
-    table: Table,
-    state: File,
-    /// The socket's end for QEMU, until it has it.
-    theirs: Option<UnixStream>,
-    /// The reader's.
-    ours: UnixStream,
-    pulse: File,
-    watch: Watch,
-    began_ns: u64,
-}
-
-impl<'a> Taking<'a> {
-    /// Makes everything, and starts the reader.
-    fn start(
-        work: &'a Work<'a>,
-        map: &MemoryMap,
-        budget: Duration,
-        into: &Destination<'_>,
-        cells: &[Cell],
-    ) -> Result<Self, Cut<PassError>> {
-        let (ours, theirs) = UnixStream::pair().map_err(make("a socket"))?;
-        let file = |name, len: usize| {
-            scratch_file(name, len as u64).map_err(make("a file in memory")).map(File::from)
-        };
-        let pulse = file("stillframe-pulse", stall::PULSE)?;
-        let state = file("stillframe-devices", reader::DEVICE_STATE)?;
-        let table = Table::new(file("stillframe-pages", Table::len_of(cells.len()))?);
-        for (number, cell) in (0u64..).zip(cells) {
-            table.put(number, &Table::unknown(cell)).map_err(make("the table of blocks"))?;
-        }
-        let begin = Begin {
-            store: wheres(into.segments),
-            places: places(map),
-            reserved: into.reserved.iter().map(|range| (range.start(), range.len())).collect(),
-            spare: into.spare,
-        };
-        let fds = [ours.as_fd(), into.file, table.file().as_fd(), state.as_fd(), pulse.as_fd()];
-        let reader =
-            Reader::start(begin, fds).map_err(|text| failed(SnapshotError::Reader(text)))?;
-        let clones = ours.try_clone().and_then(|ours| Ok((ours, pulse.try_clone()?)));
-        let (stream, beats) = clones.map_err(make("a descriptor"))?;
-        let watch = Watch::new(stream.into(), beats.into());
-        let theirs = Some(theirs);
-        let began_ns = work.log.now_ns();
-        Ok(Self { work, budget, reader, table, state, theirs, ours, pulse, watch, began_ns })
-    }
-
-    /// Has QEMU begin. The guardian may hang just then: so it is looked already whether the stream is
-    /// read.
-    fn begin(&mut self, guardian: &mut Guardian) -> Result<(), GuardianError> {
-        // Nobody but QEMU and the guardian has it from here on: its end is the stream's.
-        let Some(theirs) = self.theirs.take() else { return Ok(()) };
-        let (ours, pulse) = (self.ours.as_fd(), self.pulse.as_fd());
-        let (begun, budget, watch) = (AtomicBool::new(false), self.budget, &mut self.watch);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                while !begun.load(Ordering::Relaxed) {
-                    if watch.look().is_ok_and(|waited| waited > budget) {
-                        return watch.cut();
-                    }
-                    thread::sleep(LOOK);
-                }
-            });
-            let result = guardian.snapshot(nanos(budget), theirs.as_fd(), ours, pulse);
-            begun.store(true, Ordering::Relaxed);
-            result
-        })
-    }
-
-    /// Waits until all has come, and samples protected pages meanwhile.
-    fn read(&mut self, cells: &[Cell]) -> (Samples, Result<Whole, Cut<PassError>>) {
-        let (ended, work) = (AtomicBool::new(false), self.work);
-        thread::scope(|scope| {
-            let sampler = scope.spawn(|| sample(work, cells, &ended));
-            let read = self.wait();
-            if read.is_err() {
-                self.watch.cut();
-            }
-            ended.store(true, Ordering::Relaxed);
-            (sampler.join().unwrap_or_default(), read)
-        })
-    }
-
-    fn wait(&mut self) -> Result<Whole, Cut<PassError>> {
-        let total = self.work.source.places().iter().map(|held| held.place().range.len()).sum();
-        let (mut heard, mut told_at) = ((0, Instant::now()), Instant::now());
-        loop {
-            let read = self.reader.wait(LOOK);
-            if let Some(whole) = read.map_err(|text| failed(SnapshotError::Reader(text)))? {
-                return Ok(whole);
-            }
-            if self.work.stop.asked() {
-                return Err(Cut::Stopped);
-            }
-            let waited = self.watch.look().map_err(make("a look at the stream"))?;
-            if waited > self.budget {
-                return Err(failed(SnapshotError::Stalled { waited, budget: self.budget }));
-            }
-            if self.watch.count() != heard.0 {
-                heard = (self.watch.count(), Instant::now());
-            }
-            if heard.1.elapsed() > SILENT {
-                return Err(failed(SnapshotError::Silent));
-            }
-            if told_at.elapsed() >= PROGRESS {
-                told_at = Instant::now();
-                self.work.observer.event(Event::Progress {
-                    phase: Phase::Capture,
-                    pass: Some(1),
-                    done_bytes: self.watch.count().min(total),
-                    total_bytes: total,
-                });
-            }
-        }
-    }
-
-    /// Takes over what the reader says of each block.
-    fn collect(
-        &self,
-        cells: &mut [Cell],
-        pluggable: &[GuestRange],
-        whole: Option<&Whole>,
-        passes: &mut Vec<Pass>,
-    ) {
-        let log = self.work.log;
-        let came =
-            whole.map(|whole| (log.since_ns(whole.first_page_ns), log.since_ns(whole.last_ns)));
-        let (t0_ns, t1_ns) = came.unwrap_or((self.began_ns, log.now_ns()));
-        let span = Span { t0_ns, t1_ns };
-        let mut bytes = 0;
-        for (number, cell) in (0u64..).zip(cells.iter_mut()) {
-            let may = |(page, state): (GuestRange, &PageState)| match state {
-                PageState::Data | PageState::Zero | PageState::Unreadable => true,
-                PageState::Discarded => pluggable.iter().any(|device| device.covers(page)),
-                PageState::Hole | PageState::Excluded => false,
-            };
-            let known = self.table.get(number).ok().filter(|entry| {
-                entry.block == cell.block
-                    && entry.states.len() == cell.states.len()
-                    && pages(entry.block).zip(&entry.states).all(may)
-            });
-            let Some(entry) = known else { continue };
-            // Of a stream that was cut off, a block of which nothing came was not reached.
-            let came = entry.states.iter().any(|state| *state != PageState::Unreadable);
-            if whole.is_none() && !(came && entry.sealed) {
-                continue;
-            }
-            cell.states = entry.states.into();
-            (cell.stored, cell.pass) = (span, 1);
-            bytes += cell.block.len();
-        }
-        if bytes > 0 {
-            passes.push(Pass { n: 1, span, bytes, changed_pages: None });
-            let took_ns = span.t1_ns.saturating_sub(span.t0_ns);
-            let event = Event::Pass { pass: 1, bytes, took_ns, changed_pages: None };
-            self.work.observer.event(event);
-        }
-    }
-
-    fn device_state(&self, whole: &Whole) -> Vec<u8> {
-        let mut bytes = vec![0; index(whole.device_state.min(reader::DEVICE_STATE as u64))];
-        // What cannot be read back is missing in the record.
-        if self.state.read_exact_at(&mut bytes, 0).is_err() {
-            bytes.clear();
-        }
-        bytes
-    }
-}
-
-/// How often progress is told.
-const PROGRESS: Duration = Duration::from_millis(200);
-
-/// Where QEMU's blocks lie in the guest's memory, as far as the image has it.
-fn places(map: &MemoryMap) -> Vec<Place> {
-    let place = |(region, range): (&evidence::Region, GuestRange)| {
-        Some(Place {
-            block: region.block.clone()?,
-            offset: region.block_offset,
-            gpa: range.start(),
-            len: range.len(),
-        })
-    };
-    map.imaged().filter_map(place).collect()
-}
-
-/// Reads pages at random that are protected from writing: their bytes are those of the stop.
-fn sample(work: &Work<'_>, cells: &[Cell], ended: &AtomicBool) -> Samples {
-    let (mut samples, mut picks) = (Samples::default(), Picks::new());
-    let mut buffer = Vec::new();
-    let count = index(AUDIT_PAGES);
-    while samples.list.len() < count && !ended.load(Ordering::Relaxed) && !cells.is_empty() {
-        let mut found = false;
-        for _ in 0..BATCH {
-            let Some(cell) = cells.get(picks.below(cells.len())) else { continue };
-            let Some(at) = pages(cell.block).nth(picks.below(BLOCK_PAGES)) else { continue };
-            if let Some((digest, span)) = protected(work, at, &mut buffer) {
-                found = true;
-                samples.list.push((at, digest));
-                samples.span = Some(samples.span.map_or(span, |all| all.join(span)));
-            }
-        }
-        if !found {
-            // Nothing is protected yet, or any more: the guest shall have the CPU.
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-    samples.list.truncate(count);
-    samples
-}
-
-/// Pages that are tried before the others get a turn.
-const BATCH: usize = 64;
-
-/// The page's digest, if it was protected before it was read and after.
-fn protected(work: &Work<'_>, at: GuestRange, buffer: &mut Vec<u8>) -> Option<(Digest, Span)> {
-    let is_protected = || {
-        let mut entry = [Entry::default()];
-        work.source.entries(at, &mut entry).ok()?;
-        let [entry] = entry;
-        (entry.present() && entry.write_protected()).then_some(())
-    };
-    let t0_ns = work.log.now_ns();
-    is_protected()?;
-    buffer.resize(index(at.len()), 0);
-    let mut states = [PageState::Hole];
-    work.source.read(at, buffer, &mut states).ok()?;
-    is_protected()?;
-    (states == [PageState::Data] || states == [PageState::Zero])
-        .then(|| (sha256(buffer), Span { t0_ns, t1_ns: work.log.now_ns() }))
 }
 
 #[cfg(test)]

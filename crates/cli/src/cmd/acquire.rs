@@ -87,6 +87,7 @@ fn request(args: &args::Acquire) -> Request {
             examiner: args.examiner.clone(),
             authority: args.authority.clone(),
         },
+        probe: false,
     }
 }
 
@@ -103,12 +104,14 @@ fn ending(ending: &Ending) -> Exit {
 fn exit_of(failure: &Failure) -> Exit {
     match failure {
         Failure::Record { .. } => Exit::Failed,
+        Failure::NotAsFound(_) => Exit::NotAsFound,
         Failure::Find(_)
         | Failure::Refused(_)
         | Failure::Asked(_)
         | Failure::Guardian(_)
         | Failure::Map(_)
         | Failure::Host(_)
+        | Failure::Probe(_)
         | Failure::Output { .. } => Exit::Refused,
     }
 }
@@ -141,7 +144,11 @@ pub(crate) fn failed(failure: &Failure) -> Exit {
             output::hint("run as root; `stillframe doctor` shows what stands in the way");
             Exit::Refused
         }
-        Failure::Asked(AskError::Query(_)) | Failure::Guardian(_) | Failure::Record { .. } => {
+        Failure::Asked(AskError::Query(_))
+        | Failure::Guardian(_)
+        | Failure::Probe(_)
+        | Failure::NotAsFound(_)
+        | Failure::Record { .. } => {
             output::error(failure);
             exit_of(failure)
         }

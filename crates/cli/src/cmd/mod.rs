@@ -22,6 +22,7 @@ pub(crate) fn wish(how: &How) -> Wish {
         hold: how.hold.into(),
         io_horizon: how.io_horizon,
         slice_bytes: how.slice,
+        registers: how.registers,
         rounds_unheld: 0,
         format: how.format.into(),
         store: how.store.map(Into::into),

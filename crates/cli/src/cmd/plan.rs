@@ -4,10 +4,11 @@ use crate::args;
 use crate::cmd;
 use crate::exit::Exit;
 use crate::output::{self, safe, size, time};
+use ::acquire::look::Probe;
 use ::acquire::plan::{Plan, TAINT};
 use ::acquire::{Request, Surveyed};
 
-/// Looks, decides, prints; changes nothing.
+/// Looks, decides, prints; changes nothing, unless it is to probe.
 pub(crate) fn run(args: &args::Plan) -> Exit {
     let request = Request {
         vm: args.how.vm.clone(),
@@ -15,6 +16,7 @@ pub(crate) fn run(args: &args::Plan) -> Exit {
         wish: cmd::wish(&args.how),
         max_ram: args.how.max_ram,
         max_rate: args.max_rate,
+        probe: args.probe,
         ..Request::default()
     };
     // Before it is done: to look is to ask QEMU.
@@ -48,6 +50,9 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
         match &plan.hold {
             None if plan.snapshot.is_some() => {
                 "hold     none by us: QEMU stops the guest".to_owned()
+            }
+            None if plan.dump.is_some() => {
+                "hold     by QEMU, which stops the guest for its dump".to_owned()
             }
             None if plan.slices.is_some() => {
                 "hold     none: the guest waits for QEMU where it needs it, slice by slice"
@@ -88,6 +93,15 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
                 time(slices.at_most_ns)
             ),
         },
+        match &plan.dump {
+            None => "dump     none".to_owned(),
+            Some(dump) => format!(
+                "dump     the guest stands for {} as expected, until QEMU has written its memory, and {} at \
+                 most",
+                time(dump.expected_ns),
+                time(dump.at_most_ns)
+            ),
+        },
         format!(
             "memory   {} in the image, {} resident, {} swapped out",
             size(facts.image_bytes),
@@ -97,6 +111,7 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
         format!("store    {}: {}", plan.store.word(), plan.store_why),
         format!("output   {} as {}", size(plan.output_bytes), plan.format.extension()),
     ];
+    lines.extend(surveyed.probe.iter().map(probed));
     lines.extend(plan.changes.iter().map(|text| format!("changes  {text}")));
     lines.extend(plan.warnings.iter().map(|text| format!("warning  {text}")));
     lines.extend(
@@ -108,4 +123,18 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
             break;
         }
     }
+}
+
+/// What the head of QEMU's dump told.
+fn probed(probe: &Probe) -> String {
+    let map = match &probe.map_difference {
+        None => "QEMU's dump names the memory of the map".to_owned(),
+        Some(difference) => format!("the map is not that of QEMU's dump: {difference}"),
+    };
+    format!(
+        "probe    {map}; {} vCPUs, {}; the guest stood some time of {}",
+        probe.cpus.len(),
+        probe.machine,
+        time(probe.stood.t1_ns.saturating_sub(probe.stood.t0_ns))
+    )
 }
