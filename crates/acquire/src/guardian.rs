@@ -77,8 +77,10 @@ enum Ask {
     SnapshotEnd { whole: bool },
     /// Give QEMU a file to copy memory into; it comes behind.
     SlicesBegin,
+    /// QEMU will be told to copy memory into a file in this directory, which is removed in the end.
+    SlicesIn { dir: PathBuf },
     /// Have QEMU copy guest-physical memory into it.
-    Slice { gpa: u64, len: u64, fd: u32 },
+    Slice { gpa: u64, len: u64, file: PathBuf },
     /// Take the file back.
     SlicesEnd,
     /// Have QEMU dump, and cut the socket at this time of CLOCK_MONOTONIC; QEMU's end of it and the
@@ -191,7 +193,7 @@ pub fn undo(
         line => {
             let what = match line {
                 Line::Snapshot { .. } => "snapshot",
-                Line::Slices => "slices",
+                Line::Slices { .. } => "slices",
                 Line::Dump { .. } => "dump",
                 _ => "stop",
             };
@@ -219,7 +221,7 @@ pub fn undo(
                         Line::Snapshot { found, begun, let_be, .. } => {
                             snapshot::put_back(monitor, &found, begun, let_be)?
                         }
-                        Line::Slices => slices::take_back(monitor)?,
+                        Line::Slices { dir } => slices::take_back(monitor, dir.as_deref())?,
                         Line::Dump { .. } => dump::put_back(monitor)?,
                         _ => go_on(monitor)?,
                     }
@@ -450,7 +452,8 @@ impl Keeper {
             Ask::Snapshot { budget_ns } => self.snapshot(budget_ns).map(|()| Reply::Done),
             Ask::SnapshotEnd { whole } => self.end_snapshot(whole).map(Reply::Shot),
             Ask::SlicesBegin => self.begin_slices().map(|()| Reply::Done),
-            Ask::Slice { gpa, len, fd } => self.slice(gpa, len, fd),
+            Ask::SlicesIn { dir } => self.begin_slices_in(dir).map(|()| Reply::Done),
+            Ask::Slice { gpa, len, file } => self.slice(gpa, len, file),
             Ask::SlicesEnd => self.end_slices().map(|()| Reply::Done),
             Ask::Dump { until_ns } => self.dump(until_ns).map(Reply::DumpBegun),
             Ask::DumpEnd => self.end_dump().map(|end| Reply::Dumped(Box::new(end))),
@@ -591,11 +594,16 @@ impl Keeper {
         Ok(())
     }
 
-    fn slice(&mut self, gpa: u64, len: u64, fd: u32) -> Result<Reply, AskError> {
+    fn begin_slices_in(&mut self, dir: PathBuf) -> Result<(), AskError> {
+        self.slices = Some(Slices::begin_in(&mut self.undo, dir)?);
+        Ok(())
+    }
+
+    fn slice(&mut self, gpa: u64, len: u64, file: PathBuf) -> Result<Reply, AskError> {
         let (Some(monitor), Some(slices)) = (&mut self.monitor, &self.slices) else {
             return Err(AskError::Query("QEMU has no file to copy memory into".to_owned()));
         };
-        slices.copy(monitor, gpa, len, fd).map(|took_ns| Reply::Sliced { took_ns })
+        slices.copy(monitor, gpa, len, &file).map(|took_ns| Reply::Sliced { took_ns })
     }
 
     fn end_slices(&mut self) -> Result<(), AskError> {
@@ -951,13 +959,22 @@ impl Guardian {
         self.ask_with(&Ask::SlicesBegin, &[file], QUERY + PROMPT).map(drop)
     }
 
-    /// Has QEMU copy `len` bytes of RAM from guest-physical `gpa` on into the file, which is its
-    /// descriptor `fd`; how long it took, in nanoseconds.
+    /// QEMU will be told to copy memory into a file in `dir`, which is removed with all that is in it in
+    /// the end, whatever becomes of us.
+    ///
+    /// # Errors
+    /// [`GuardianError`]
+    pub fn begin_slices_in(&mut self, dir: &Path) -> Result<(), GuardianError> {
+        self.ask(&Ask::SlicesIn { dir: dir.to_owned() }, PROMPT).map(drop)
+    }
+
+    /// Has QEMU copy `len` bytes of RAM from guest-physical `gpa` on into `file`, as QEMU calls it; how
+    /// long it took, in nanoseconds.
     ///
     /// # Errors
     /// [`GuardianError`].
-    pub fn slice(&mut self, gpa: u64, len: u64, fd: u32) -> Result<u64, GuardianError> {
-        match self.ask(&Ask::Slice { gpa, len, fd }, QUERY + PROMPT)? {
+    pub fn slice(&mut self, gpa: u64, len: u64, file: &Path) -> Result<u64, GuardianError> {
+        match self.ask(&Ask::Slice { gpa, len, file: file.to_owned() }, QUERY + PROMPT)? {
             Reply::Sliced { took_ns } => Ok(took_ns),
             other => self.out_of_turn(&other),
         }
@@ -1097,7 +1114,7 @@ impl Guardian {
             Some(Line::Dump { .. }) => {
                 self.not_as_found = Some(format!("the VM may still be stopped by a dump: {error}"));
             }
-            Some(Line::Slices) => {
+            Some(Line::Slices { .. }) => {
                 let text = format!("QEMU may still hold a file of ours open: {error}");
                 self.not_as_found = Some(text);
             }

@@ -1032,6 +1032,7 @@ impl Run {
             snapshot: self.snapshot,
             slices: self.slices,
             dump: self.dump,
+            unseen: looked.located.unseen.is_some(),
             registers: self.registers.map(|(registers, _)| registers),
             attachments,
             changes: self.changes,

@@ -239,6 +239,7 @@ fn facts(
         hold: hold_facts(target, memory, resident, &usage),
         track: track_facts(memory),
         snapshot,
+        unseen: located.unseen.clone(),
         dump_unfit: dump_unfit(&qemu.vm.arch, located),
         max_rate: request.max_rate,
         image_bytes: located.map.imaged_len(),
@@ -284,13 +285,17 @@ fn hold_facts(
         writers,
         threads: u32::try_from(threads).unwrap_or(u32::MAX),
         lock_limit_bytes: host::privilege::lock_limit(),
-        speed: speed::measure(memory, &sampled, crate::cpus()),
+        // Of what may not be looked at, nothing is read.
+        speed: speed::measure(memory, if memory.is_seen() { &sampled } else { &[] }, crate::cpus()),
     }
 }
 
 /// Whether the kernel tracks what the guest writes, tried out on memory of our own.
 fn track_facts(memory: &GuestMemory) -> TrackFacts {
     let unfit = |why: String| TrackFacts { unfit: Some(why), ..TrackFacts::default() };
+    if !memory.is_seen() {
+        return unfit("QEMU's process may not be looked at".to_owned());
+    }
     if !cfg!(target_arch = "x86_64") {
         return unfit("soft-dirty is known to be right on x86-64 hosts only".to_owned());
     }
@@ -324,8 +329,10 @@ fn snapshot_facts(
         let shared = matches!(held.mapping(), Mapping::Shared | Mapping::SharedHugetlb);
         shared.then(|| held.place().range.len().saturating_sub(usage.resident))
     });
+    // Of memory that may not be looked at, all could be holes.
+    let unseen = if located.unseen.is_some() { located.map.imaged_len() } else { 0 };
     let known = SnapshotFacts {
-        shared_hole_bytes: holes.sum(),
+        shared_hole_bytes: holes.sum::<u64>() + unseen,
         block_jobs: qemu.block_jobs.clone(),
         ..SnapshotFacts::default()
     };
@@ -426,7 +433,7 @@ fn output_facts(path: &Path, target: &Target) -> Result<OutputFacts, Failure> {
     host::exhibit_dir::check_parent(path)
         .map_err(|cause| Failure::Output { path: path.to_owned(), cause })?;
     let system = host::fs::file_system(path)?;
-    // A process whose descriptors cannot be listed cannot be read either: that is refused before.
+    // Where a process's descriptors cannot be listed, `plan` says so.
     let disks = target.process.disks().unwrap_or_default();
     let vm_disk = disks
         .iter()
@@ -507,7 +514,12 @@ impl Looked {
 
     /// How each imaged region is read.
     pub fn readers(&self) -> Vec<(GuestRange, &'static str)> {
-        self.memory.places().iter().map(|held| (held.place().range, held.reader().word())).collect()
+        let places = self.memory.places().iter();
+        let seen = places.map(|held| (held.place().range, held.reader().word()));
+        match self.memory.is_seen() {
+            true => seen.collect(),
+            false => self.located.map.imaged().map(|(_, range)| (range, "none")).collect(),
+        }
     }
 
     /// The exhibit's name.

@@ -18,6 +18,9 @@ pub struct Located {
     pub view: GuestView,
     /// The mappings of the host that hold guest memory, as `/proc/PID/maps` prints them.
     pub mappings: Vec<String>,
+    /// Why this user may not look at QEMU's process, if so: then the host's side is not known, and
+    /// nothing can be read but through QEMU.
+    pub unseen: Option<String>,
 }
 
 /// Why there is no map that can be trusted.
@@ -61,12 +64,19 @@ pub enum LocateError {
 /// [`LocateError`] names both sides of every disagreement.
 pub fn locate(view: GuestView, process: &Process) -> Result<(Located, GuestMemory), LocateError> {
     let places = places(&view)?;
-    let memory = GuestMemory::open(process, &places)?;
+    let (memory, unseen) = match GuestMemory::open(process, &places) {
+        // Who may ask QEMU need not be allowed to look at it.
+        Err(error @ HostError::Refused { .. }) => {
+            let ranges = places.iter().map(|place| place.range).collect();
+            (GuestMemory::unseen(process, ranges)?, Some(crate::told(&error)))
+        }
+        other => (other?, None),
+    };
     let map = join(&view, &memory)?;
     let mut mappings: Vec<String> =
         memory.places().iter().map(|held| held.vma().to_string()).collect();
     mappings.dedup();
-    Ok((Located { map, places, view, mappings }, memory))
+    Ok((Located { map, places, view, mappings, unseen }, memory))
 }
 
 fn places(view: &GuestView) -> Result<Vec<Place>, LocateError> {
@@ -123,6 +133,9 @@ impl Located {
             self.view.size.plugged.map_or_else(|| "none".to_owned(), |n| n.to_string()),
         );
         let _ = writeln!(text, "\n# host: mappings of the process that hold guest memory");
+        if self.mappings.is_empty() {
+            let _ = writeln!(text, "# not shown to this user");
+        }
         for mapping in &self.mappings {
             let _ = writeln!(text, "{mapping}");
         }

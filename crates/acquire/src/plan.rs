@@ -195,6 +195,9 @@ pub struct Facts {
     pub track: TrackFacts,
     /// What is known of QEMU's background snapshot.
     pub snapshot: SnapshotFacts,
+    /// Why this user may not look at QEMU's process, if so: nothing can be read but through QEMU.
+    #[serde(default)]
+    pub unseen: Option<String>,
     /// Why QEMU's dump cannot be used, if it cannot.
     #[serde(default)]
     pub dump_unfit: Option<String>,
@@ -496,6 +499,9 @@ fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
 /// How the guest is held and followed by `method`, when `margin` times what is expected is allowed.
 fn way(facts: &Facts, wish: &Wish, method: Method, margin: u32) -> Result<Way, Refusal> {
     let mut way = Way::default();
+    if !matches!(method, Method::Dump | Method::Pmemsave) {
+        refuse_unseen(facts, method)?;
+    }
     match method {
         Method::Freeze => way.hold = Some(freeze(facts, wish, margin)?),
         Method::Track => {
@@ -508,6 +514,23 @@ fn way(facts: &Facts, wish: &Wish, method: Method, margin: u32) -> Result<Way, R
         Method::Live => {}
     }
     Ok(way)
+}
+
+/// The rights that a method needs on QEMU's process. `dump` and `pmemsave` need none: what they read,
+/// QEMU gives them.
+fn refuse_unseen(facts: &Facts, method: Method) -> Result<(), Refusal> {
+    let Some(why) = &facts.unseen else { return Ok(()) };
+    let needs = match method {
+        Method::Live => "reads QEMU's process",
+        Method::Freeze => "reads QEMU's process, and stops its threads unless --hold stop",
+        Method::Track => "reads QEMU's process, stops its threads, and needs CAP_SYS_ADMIN",
+        _ => "looks at QEMU's page tables before and meanwhile",
+    };
+    let reason = format!(
+        "{} {needs}, which this user may not ({why}): run as root, or with CAP_SYS_PTRACE",
+        method.word()
+    );
+    Err(Refusal::new(reason, &["run as root", "--method dump", "--method pmemsave"]))
 }
 
 /// `freeze`, else `track`, else `snapshot`, else what is asked for.
@@ -561,6 +584,16 @@ fn auto(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
         reason: "its image is smeared as that of live is, and the guest waits for each slice"
             .to_owned(),
     });
+    if wish.consistency == Consistency::Any && facts.unseen.is_some() {
+        let why = "--consistency any allows a smeared image, and this user may read nothing but through \
+                   QEMU";
+        let way = way(facts, wish, Method::Pmemsave, 1)?;
+        rejected.retain(|other| other.method != Method::Pmemsave);
+        if let Err(refusal) = refuse_unseen(facts, Method::Live) {
+            rejected.push(Rejected { method: Method::Live, reason: refusal.reason });
+        }
+        return Ok(Choice { method: Method::Pmemsave, why: why.to_owned(), rejected, way });
+    }
     if wish.consistency == Consistency::Any {
         let why = "--consistency any allows a smeared image, and no method gives one instant here";
         let (method, why) = (Method::Live, why.to_owned());
@@ -568,10 +601,18 @@ fn auto(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
     }
     rejected.push(Rejected {
         method: Method::Live,
-        reason: "its image is smeared over the time of reading, and one instant is asked for"
-            .to_owned(),
+        reason: refuse_unseen(facts, Method::Live).err().map_or_else(
+            || {
+                "its image is smeared over the time of reading, and one instant is asked for"
+                    .to_owned()
+            },
+            |refusal| refusal.reason,
+        ),
     });
-    remedies.extend(["--consistency any".to_owned(), "--method live".to_owned()]);
+    remedies.push("--consistency any".to_owned());
+    if facts.unseen.is_none() {
+        remedies.push("--method live".to_owned());
+    }
     let reason = "no method gives an image of one instant within the stall budget here".to_owned();
     Err(Refusal { reason, rejected, remedies })
 }
@@ -609,19 +650,26 @@ fn registers(facts: &Facts, wish: &Wish, method: Method) -> Result<Option<u64>, 
 /// The longest that a monitor which others need is kept from them.
 const SHARED_AT_MOST: Duration = Duration::from_secs(1);
 
+/// Whether the host can spare what QEMU takes when it reads all of the guest's memory.
+fn spare_holes(facts: &Facts, word: &str, reads_holes: bool) -> Result<(), Refusal> {
+    let holes = facts.snapshot.shared_hole_bytes;
+    if !reads_holes || holes <= facts.available_bytes / 2 {
+        return Ok(());
+    }
+    let reason = format!(
+        "for {word} QEMU reads all of the guest's memory, which gives shared memory pages that had none: \
+         {holes} bytes{}, and the host has {} available",
+        if facts.unseen.is_some() { " at most, for it may not be looked at" } else { "" },
+        facts.available_bytes
+    );
+    Err(Refusal::new(reason, &["--method freeze", "--method live"]))
+}
+
 /// QEMU's dump.
 fn dump(facts: &Facts, wish: &Wish) -> Result<PlannedDump, Refusal> {
     can_dump(facts)?;
     in_memory(facts, wish, Method::Dump)?;
-    let holes = facts.snapshot.shared_hole_bytes;
-    if holes > facts.available_bytes / 2 {
-        let reason = format!(
-            "QEMU reads all of the guest's shared memory for a dump, which gives it pages: {holes} bytes \
-             more, and the host has {} available",
-            facts.available_bytes
-        );
-        return Err(Refusal::new(reason, &["--method freeze", "--method live"]));
-    }
+    spare_holes(facts, "dump", true)?;
     let expected = STOP_ONCE + of_gib(DUMP_A_GIB_NS, facts.image_bytes);
     if facts.shared_monitor && expected > SHARED_AT_MOST {
         let reason = format!(
@@ -653,6 +701,7 @@ fn slices(facts: &Facts, wish: &Wish) -> Result<PlannedSlices, Refusal> {
         let reason = "pmemsave needs QEMU's only monitor all the time, and Proxmox needs it too";
         return Err(Refusal::new(reason, &["--method live", "--method freeze"]));
     }
+    spare_holes(facts, "pmemsave", facts.unseen.is_some())?;
     let slice_bytes = (wish.slice_bytes / PAGE * PAGE).clamp(PAGE, SLICE_AT_MOST);
     let by = match facts.through_libvirt {
         true => SliceWay::MemoryPeek,
@@ -1073,7 +1122,13 @@ fn changes(facts: &Facts, store: StoreKind, way: Way, registers: bool) -> Vec<St
                 .to_owned(),
         );
     }
-    if dump.is_some() && facts.snapshot.shared_hole_bytes > 0 {
+    if facts.unseen.is_some() {
+        changes.push(
+            "QEMU reads all of its guest's memory, which may give pages to memory that had none: this user \
+             may not look at the process, and cannot know"
+                .to_owned(),
+        );
+    } else if dump.is_some() && facts.snapshot.shared_hole_bytes > 0 {
         changes.push(format!(
             "{} bytes of shared memory that had no pages are given some by QEMU's reading",
             facts.snapshot.shared_hole_bytes
@@ -1152,6 +1207,13 @@ fn warnings(
     snapshot: Option<PlannedSnapshot>,
 ) -> Vec<String> {
     let mut warnings = hold_caveats(facts, hold);
+    if let Some(why) = &facts.unseen {
+        warnings.push(format!(
+            "QEMU's process may not be looked at ({why}): its word on its memory is not held against the \
+             host's, nothing is read a second time from outside, holes are read as zeros, and whether the \
+             exhibit would lie beside the VM's disks is not known"
+        ));
+    }
     if snapshot.is_some() && facts.max_rate.is_some() {
         warnings.push(
             "--max-rate is not kept: a snapshot is read as fast as QEMU sends it, for the guest may wait \
@@ -1180,6 +1242,7 @@ mod tests {
             watchdogs: Vec::new(),
             track: TrackFacts { unfit: Some("not here".into()), ..TrackFacts::default() },
             snapshot: SnapshotFacts { unfit: Some("nor that".into()), ..SnapshotFacts::default() },
+            unseen: None,
             dump_unfit: None,
             hold: HoldFacts {
                 threads: 5,

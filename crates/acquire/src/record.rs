@@ -97,6 +97,8 @@ pub struct Story<'a> {
     pub slices: Option<manifest::Slices>,
     /// What is known of QEMU's dump.
     pub dump: Option<manifest::Dump>,
+    /// QEMU's process may not be looked at.
+    pub unseen: bool,
     /// The vCPUs' registers.
     pub registers: Option<manifest::Registers>,
     /// Files that belong to the exhibit beside image and record.
@@ -188,8 +190,9 @@ impl Story<'_> {
             caveats: self.caveats(),
             limitations: limitations(
                 self.tracking.is_some(),
-                !self.attachments.is_empty(),
+                &self.attachments,
                 self.snapshot.is_some(),
+                self.unseen,
             ),
             warnings: self.warnings.clone(),
         }
@@ -631,17 +634,36 @@ fn fault_reason(faults: &Faults) -> String {
     if texts.is_empty() { "the host could not read it".to_owned() } else { texts.join("; ") }
 }
 
-fn limitations(tracked: bool, attached: bool, snapshot: bool) -> Vec<String> {
+fn limitations(
+    tracked: bool,
+    attachments: &[FileRecord],
+    snapshot: bool,
+    unseen: bool,
+) -> Vec<String> {
+    let attached = |name: &str| attachments.iter().any(|file| file.file == name);
     let sampled = snapshot.then_some(
         "The audit read of a snapshot draws from the pages that were protected when it came to them: a page \
          that had lost its protection is not among them.",
     );
-    let registers = if attached {
-        "vCPU registers and device state are in the attachment device-state.bin, as QEMU writes them, \
-         and not in the image."
-    } else {
-        "vCPU registers and device state are not part of this image."
+    let registers = match (
+        attached(evidence::exhibit::DEVICE_STATE),
+        attached(evidence::exhibit::DUMP_HEAD),
+    ) {
+        (true, _) => {
+            "vCPU registers and device state are in the attachment device-state.bin, as QEMU writes them, \
+             and not in the image."
+        }
+        (false, true) => {
+            "vCPU registers are in the attachment dump-head.bin, as QEMU writes them, and not in the image; \
+             no device state is kept."
+        }
+        (false, false) => "vCPU registers and device state are not part of this image.",
     };
+    let unseen = unseen.then_some(
+        "Whoever ran the tool was not allowed to look at QEMU's process: that its memory lies where QEMU says, \
+         and that QEMU gave what it holds, was not checked from outside; memory that the host had nothing \
+         behind cannot be told from zeros.",
+    );
     let tracked = tracked.then_some(
         "Whether somebody else cleared the kernel's marks of written pages in QEMU's process during \
          the acquisition can only be seen in part.",
@@ -658,6 +680,7 @@ fn limitations(tracked: bool, attached: bool, snapshot: bool) -> Vec<String> {
     .into_iter()
     .chain(tracked)
     .chain(sampled)
+    .chain(unseen)
     .map(str::to_owned)
     .collect()
 }

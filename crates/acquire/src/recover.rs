@@ -132,7 +132,7 @@ fn deadline(held: &Line) -> Option<u64> {
         | Line::Stop { until_ns }
         | Line::Dump { until_ns }
         | Line::Snapshot { until_ns, .. } => Some(*until_ns),
-        Line::Begin { .. } | Line::Slices | Line::Free => None,
+        Line::Begin { .. } | Line::Slices { .. } | Line::Free => None,
     }
 }
 

@@ -94,7 +94,11 @@ pub enum Line {
         until_ns: u64,
     },
     /// QEMU is about to be given a file of ours to copy memory into.
-    Slices,
+    Slices {
+        /// The directory that holds it, where QEMU opens it by its path.
+        #[serde(default)]
+        dir: Option<PathBuf>,
+    },
     /// QEMU is about to be told to dump into a socket of ours.
     Dump {
         /// CLOCK_MONOTONIC in nanoseconds at which the socket must have been closed.

@@ -180,8 +180,10 @@ pub struct Usage {
 #[derive(Debug)]
 pub struct GuestMemory {
     process: Process,
-    pagemap: Pagemap,
-    mem: File,
+    /// The way into it; absent of a process that this user may not look at.
+    way: Option<(Pagemap, File)>,
+    /// Memory of such a process: nothing is known of it.
+    unseen: Vec<GuestRange>,
     /// Ascending in guest-physical space, disjoint.
     held: Vec<Held>,
     faults: Mutex<Faults>,
@@ -208,9 +210,30 @@ impl GuestMemory {
             .into_iter()
             .map(|(place, smap)| choose(&process, place, smap, &mut files))
             .collect::<Result<_, _>>()?;
-        let memory = Self { process, pagemap, mem, held, faults: Mutex::default() };
+        let way = Some((pagemap, mem));
+        let memory = Self { process, way, unseen: Vec::new(), held, faults: Mutex::default() };
         memory.begin_pass()?;
         Ok(memory)
+    }
+
+    /// The memory `ranges` of a process that the kernel does not let this user look at. There is no
+    /// place to read from; what could be there counts as resident.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn unseen(process: &Process, ranges: Vec<GuestRange>) -> Result<Self, HostError> {
+        let process = process.try_clone().map_err(|e| HostError::file("a pidfd", e))?;
+        let (held, faults) = (Vec::new(), Mutex::default());
+        Ok(Self { process, way: None, unseen: ranges, held, faults })
+    }
+
+    /// Whether the process may be looked at.
+    pub fn is_seen(&self) -> bool {
+        self.way.is_some()
+    }
+
+    fn pagemap(&self) -> io::Result<&Pagemap> {
+        self.way.as_ref().map(|(pagemap, _)| pagemap).ok_or_else(|| Errno::ACCESS.into())
     }
 
     /// The places in guest-physical order, each with its mapping and reader.
@@ -243,6 +266,9 @@ impl GuestMemory {
     /// # Errors
     /// [`HostError::Changed`] names both mappings.
     pub fn check_mappings(&self) -> Result<(), HostError> {
+        if !self.is_seen() {
+            return Ok(());
+        }
         let now = self.process.maps()?;
         for held in &self.held {
             let Place { range, hva } = held.place;
@@ -257,6 +283,9 @@ impl GuestMemory {
 
     /// Sets `merged` of every private place.
     fn decide_merged(&self) -> Result<(), HostError> {
+        if !self.is_seen() {
+            return Ok(());
+        }
         let ksm = Ksm::look(&self.process)?;
         let by_flag = match ksm.merged_anywhere() {
             Some(all) => {
@@ -288,7 +317,10 @@ impl GuestMemory {
         } else {
             Vec::new()
         };
-        self.held.iter().map(|held| self.usage_of(held, &mut shared)).collect()
+        let unseen =
+            self.unseen.iter().map(|range| Ok(Usage { resident: range.len(), swapped: 0 }));
+        let held = self.held.iter().map(|held| self.usage_of(held, &mut shared));
+        held.chain(unseen).collect()
     }
 
     fn usage_of(&self, held: &Held, shared: &mut [Smap]) -> Result<Usage, HostError> {
@@ -308,8 +340,8 @@ impl GuestMemory {
             return Ok(Usage { resident, swapped: swapped.min(resident) });
         }
         let count = self
-            .pagemap
-            .count(hva, evidence::state::page_count(range))
+            .pagemap()
+            .and_then(|pagemap| pagemap.count(hva, evidence::state::page_count(range)))
             .map_err(|e| self.process.error("pagemap", e))?;
         let swapped = (count.swapped * PAGE).min(range.len());
         let resident = match held.mapping {
@@ -326,7 +358,8 @@ impl GuestMemory {
     /// [`Gone`].
     pub fn entries(&self, block: GuestRange, entries: &mut [Entry]) -> Result<(), Gone> {
         let held = self.place_of(block).ok_or(Gone::NoPlace { at: block })?;
-        self.pagemap.read(held.hva(block.start()), entries).map_err(|e| self.gone(block, e))
+        let read = |pagemap: &Pagemap| pagemap.read(held.hva(block.start()), entries);
+        self.pagemap().and_then(read).map_err(|e| self.gone(block, e))
     }
 
     /// The first place whose pages the kernel does not track for us, and why.
@@ -354,6 +387,9 @@ impl GuestMemory {
     /// [`HostError::NoPlace`] for a block that lies in no place; the process is gone.
     pub fn resident(&self, blocks: &[GuestRange]) -> Result<Vec<GuestRange>, HostError> {
         let mut kept = Vec::new();
+        if !self.is_seen() {
+            return Ok(blocks.to_vec());
+        }
         for &block in blocks {
             if self.is_resident(block)? {
                 kept.push(block);
@@ -376,8 +412,8 @@ impl GuestMemory {
         }
         let pages = evidence::state::page_count(block);
         let count = self
-            .pagemap
-            .count(held.hva(block.start()), pages)
+            .pagemap()
+            .and_then(|pagemap| pagemap.count(held.hva(block.start()), pages))
             .map_err(|e| self.process.error("pagemap", e))?;
         Ok(count.present == pages)
     }
@@ -394,8 +430,8 @@ impl GuestMemory {
             _ => {
                 let pages = evidence::state::page_count(block);
                 let count = self
-                    .pagemap
-                    .count(held.hva(block.start()), pages)
+                    .pagemap()
+                    .and_then(|pagemap| pagemap.count(held.hva(block.start()), pages))
                     .map_err(|e| self.process.error("pagemap", e))?;
                 Ok(count.present + count.swapped > 0)
             }
@@ -442,7 +478,8 @@ impl GuestMemory {
         let mut ways = [Way::Hole; WINDOW];
         let (entries, ways) = (&mut entries[..states.len()], &mut ways[..states.len()]);
         if held.mapping != Mapping::Shared {
-            self.pagemap.read(held.hva(at.start()), entries).map_err(|e| self.gone(at, e))?;
+            let read = |pagemap: &Pagemap| pagemap.read(held.hva(at.start()), entries);
+            self.pagemap().and_then(read).map_err(|e| self.gone(at, e))?;
         }
         for (way, entry) in ways.iter_mut().zip(&*entries) {
             *way = match held.mapping {
@@ -484,7 +521,8 @@ impl GuestMemory {
                 Ok(())
             }
             (Way::Process, _) if merged => self.copy(at, buf, states, |done, buf| {
-                match rustix::io::pread(&self.mem, buf, hva + done) {
+                let (_, mem) = self.way.as_ref().ok_or(Errno::ACCESS)?;
+                match rustix::io::pread(mem, buf, hva + done) {
                     // So the kernel says that the process has no memory any more.
                     Ok(0) => Err(Errno::SRCH),
                     result => result,

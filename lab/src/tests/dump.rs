@@ -65,7 +65,7 @@ fn a_running_guest_is_of_one_instant(lab: &Lab) -> Result<()> {
     for (ring, backing, version) in cases {
         let mut subject = Subject::boot(lab, ring, backing, version)?;
         let (mut runs, mut audited, mut longest) = (Runs::default(), 0, 0);
-        for _ in 0..lab.scale(5, 60) {
+        for _ in 0..lab.scale(3, 60) {
             let exhibit = acquire(lab, &subject.guest, METHOD, &FLAGS)?;
             assert_whole(&exhibit);
             let (hold, audit) = (&exhibit.manifest["hold"], &exhibit.manifest["audit"]);
@@ -119,7 +119,8 @@ fn the_registers_are_those_of_the_instant(lab: &Lab) -> Result<()> {
 
 /// Of a stopped guest all ways give the same registers, byte for byte, and QEMU says the same of them.
 fn the_head_alone_has_the_same_registers(lab: &Lab) -> Result<()> {
-    for version in [Version::V7_2, Version::V10_0] {
+    let versions = [Version::V10_0, Version::V7_2];
+    for &version in &versions[..lab.scale(1, 2)] {
         let mut guest = lab.guest().version(version).memory_mib(128).cpus(2).boot()?;
         guest.stop()?;
         let mut heads = Vec::new();
@@ -167,7 +168,8 @@ fn the_head_alone_has_the_same_registers(lab: &Lab) -> Result<()> {
 /// `plan --probe` finds the same memory by QEMU's dump, on both sides of the PCI hole, and leaves the
 /// guest running; what it cannot know without it does not say.
 fn a_probe_holds_the_map_against_the_dump(lab: &Lab) -> Result<()> {
-    for machine in [lab::Machine::Q35, lab::Machine::Pc] {
+    let machines = [lab::Machine::Q35, lab::Machine::Pc];
+    for &machine in &machines[..lab.scale(1, 2)] {
         let guest = lab.guest().machine(machine).both_sides_of_the_hole();
         let mut guest = guest.cpus(2).boot()?;
         let vm = guest.pid().to_string();

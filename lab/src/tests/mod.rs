@@ -14,6 +14,7 @@ mod live;
 mod managers;
 mod outer;
 mod pmemsave;
+mod rights;
 mod run;
 mod snapshot;
 mod tear;
@@ -41,6 +42,7 @@ pub(crate) fn all() -> Vec<Test> {
         disk::TESTS,
         pmemsave::TESTS,
         dump::TESTS,
+        rights::TESTS,
         libvirt::TESTS,
         managers::TESTS,
         holds::TESTS,

@@ -90,7 +90,11 @@ pub(super) struct Family {
 
 impl Family {
     pub(super) fn of(lab: &Lab) -> Result<Self> {
-        let program = lab.tool_command([""; 0])?.get_program().to_owned();
+        Self::of_program(Path::new(lab.tool_command([""; 0])?.get_program()))
+    }
+
+    /// The same for a copy of it.
+    pub(super) fn of_program(program: &Path) -> Result<Self> {
         Ok(Self { program: fs::canonicalize(program)? })
     }
 

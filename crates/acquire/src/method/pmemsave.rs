@@ -16,6 +16,7 @@ use crate::copy::{Cell, Changed, Cut, PAGE_BYTES, Scratch};
 use crate::find::LibvirtDomain;
 use crate::guardian::{Guardian, GuardianError};
 use crate::plan::PlannedSlices;
+use crate::seal::is_zero;
 use crate::told;
 use evidence::block::index;
 use evidence::manifest::{SliceWay, Slices};
@@ -26,12 +27,12 @@ use host::Process;
 use host::process::Fd;
 use qemu::libvirt::{Domain, Libvirt, LibvirtError};
 use rustix::fs::MemfdFlags;
-use std::fs::File;
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -129,6 +130,7 @@ pub fn pmemsave(
     }
     let way = match (planned.by, through) {
         (SliceWay::MemoryPeek, Some(domain)) => libvirt(domain),
+        _ if !work.source.is_seen() => shared_file(guardian),
         _ => file(work.source.process(), guardian),
     };
     let way = match way {
@@ -169,6 +171,9 @@ fn block(
     scratch: &mut Scratch,
 ) -> Result<(), PassError> {
     let (ours, theirs, states) = scratch.parts(cell.block);
+    if !work.source.is_seen() {
+        return block_unseen(work, slicer, cell, theirs, states);
+    }
     ours.fill(0);
     theirs.fill(0);
     let earlier = work.read(cell.block, ours, states)?;
@@ -196,6 +201,29 @@ fn block(
     let asked = states.contains(&PageState::Data);
     cell.earlier = asked.then_some(earlier);
     cell.stored = if asked { copied } else { earlier };
+    cell.pass = 1;
+    Ok(())
+}
+
+/// Has QEMU copy a block that may not be looked at, and keeps the copy.
+fn block_unseen(
+    work: &Work<'_>,
+    slicer: &mut Slicer<'_>,
+    cell: &mut Cell,
+    theirs: &mut [u8],
+    states: &mut [PageState],
+) -> Result<(), PassError> {
+    let t0_ns = work.now();
+    let len = index(cell.block.len()).min(theirs.len());
+    let theirs = &mut theirs[..len];
+    slicer.copy(cell.block.start(), theirs)?;
+    cell.stored = Span { t0_ns, t1_ns: work.now() };
+    for (state, span) in states.iter_mut().zip(page_spans(cell.block)) {
+        let zero = theirs.get(span).is_some_and(is_zero);
+        *state = if zero { PageState::Zero } else { PageState::Data };
+    }
+    put_first(work.store, cell.block, theirs, &mut [], states)?;
+    cell.states.copy_from_slice(states);
     cell.pass = 1;
     Ok(())
 }
@@ -230,8 +258,8 @@ fn is_still(work: &Work<'_>, at: GuestRange, before: &[u8]) -> Result<bool, Pass
 
 /// How a slice comes to us.
 enum Way<'a> {
-    /// In a file of ours that QEMU has too, as its descriptor `fd`.
-    File { guardian: &'a mut Guardian, file: File, fd: u32 },
+    /// In a file of ours that QEMU has too, and knows by the name `its`.
+    File { guardian: &'a mut Guardian, file: File, its: PathBuf },
     /// From libvirt.
     Libvirt { libvirt: Box<Libvirt>, domain: Domain },
 }
@@ -246,7 +274,10 @@ fn file<'a>(process: &Process, guardian: &'a mut Guardian) -> Result<Way<'a>, Sl
     let fds = process.fds().map_err(|error| make(io::Error::other(told(&error))))?;
     let is_it = |fd: &&Fd| (fd.file.dev, fd.file.inode) == (meta.dev(), meta.ino());
     match fds.iter().find(is_it) {
-        Some(fd) => Ok(Way::File { guardian, file, fd: fd.number }),
+        Some(fd) => {
+            let its = PathBuf::from(format!("/proc/self/fd/{}", fd.number));
+            Ok(Way::File { guardian, file, its })
+        }
         None => {
             // Taken back at once; whatever comes of that, the guardian does so in the end.
             let _ = guardian.end_slices();
@@ -254,6 +285,26 @@ fn file<'a>(process: &Process, guardian: &'a mut Guardian) -> Result<Way<'a>, Sl
         }
     }
 }
+
+/// A file in memory that QEMU opens by its path: who may not look at QEMU cannot know its descriptors.
+/// The path cannot be guessed, and nobody but us can read the file; the guardian removes it.
+fn shared_file(guardian: &mut Guardian) -> Result<Way<'_>, SliceError> {
+    let make = |cause: io::Error| SliceError::Make(cause);
+    let dir = Path::new(SHARED).join(format!("stillframe-{}", host::random::uuid()));
+    guardian.begin_slices_in(&dir).map_err(SliceError::Pass)?;
+    // To be gone through, not to be listed.
+    DirBuilder::new().mode(0o711).create(&dir).map_err(make)?;
+    let its = dir.join(host::random::uuid());
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).mode(0o622).open(&its);
+    let file = file.map_err(make)?;
+    // QEMU may be another user.
+    file.set_permissions(Permissions::from_mode(0o622)).map_err(make)?;
+    Ok(Way::File { guardian, file, its })
+}
+
+/// Memory of the host that every process sees, unless it has mounts of its own.
+const SHARED: &str = "/dev/shm";
 
 /// A connection of this process to libvirt, and the domain there: the one that the guardian asks.
 fn libvirt(known: &LibvirtDomain) -> Result<Way<'static>, SliceError> {
@@ -265,9 +316,9 @@ impl Way<'_> {
     /// Fills `buf` with QEMU's copy of `at`; how long that took, in nanoseconds.
     fn slice(&mut self, at: GuestRange, buf: &mut [u8]) -> Result<u64, SliceError> {
         match self {
-            Self::File { guardian, file, fd } => {
+            Self::File { guardian, file, its } => {
                 let took_ns = guardian
-                    .slice(at.start(), at.len(), *fd)
+                    .slice(at.start(), at.len(), its)
                     .map_err(|cause| SliceError::Ask { at, cause })?;
                 let read = |cause| SliceError::Read { at, cause };
                 let got = file.metadata().map_err(read)?.len();

@@ -629,7 +629,7 @@ fn merged_pages_stay_merged() {
     // of merged pages is brought up to date only by the next scan.
     let alone = || {
         let mut entries = [Entry::default(); 512];
-        memory.pagemap.read(area.hva(), &mut entries).unwrap();
+        memory.pagemap().unwrap().read(area.hva(), &mut entries).unwrap();
         entries.iter().filter(|e| e.0 >> 56 & 1 == 1).count()
     };
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
