@@ -5,6 +5,7 @@
 mod blows;
 mod meanwhile;
 mod pulse;
+mod slowdisk;
 
 use std::fs::{self, File};
 use std::io::Write;
