@@ -22,6 +22,7 @@ use evidence::record::Span;
 use evidence::state::pages;
 use evidence::{GuestRange, MemoryMap, PageState, Segments};
 use host::clock::Moment;
+use host::guest_memory::Held;
 use host::pagemap::Entry;
 use host::{Source, Store};
 use std::fs::File;
@@ -36,7 +37,8 @@ use std::time::{Duration, Instant};
 /// How often it is looked whether the stream is read.
 const LOOK: Duration = Duration::from_millis(3);
 
-/// How long QEMU may be silent: it gives every page memory first, which takes a while.
+/// How long QEMU may be silent: it gives every page memory first, which takes a while. As long a disk may
+/// take for what waits for it when all has come: QEMU and the guest have no part in that any more.
 const SILENT: Duration = Duration::from_secs(120);
 
 /// Why there is no snapshot.
@@ -71,6 +73,9 @@ pub enum SnapshotError {
     /// QEMU sends nothing.
     #[error("QEMU sent nothing of its snapshot for {} s", SILENT.as_secs())]
     Silent,
+    /// The disk takes nothing of what QEMU has sent.
+    #[error("nothing of the snapshot that had come was written for {} s", SILENT.as_secs())]
+    Unwritten,
     /// What QEMU says of it in the end.
     #[error("QEMU's snapshot ended as {0}")]
     Ended(String),
@@ -317,6 +322,8 @@ fn doubts(
 struct Taking<'a> {
     work: &'a Work<'a>,
     budget: Duration,
+    /// That of [`stall`].
+    turn: u64,
     reader: Reader,
     table: Table,
     state: File,
@@ -359,10 +366,12 @@ impl<'a> Taking<'a> {
             Reader::start(begin, fds).map_err(|text| failed(SnapshotError::Reader(text)))?;
         let clones = ours.try_clone().and_then(|ours| Ok((ours, pulse.try_clone()?)));
         let (stream, beats) = clones.map_err(make("a descriptor"))?;
-        let watch = Watch::new(stream.into(), beats.into());
+        let page_sizes = work.source.places().iter().map(Held::page_size);
+        let turn = page_sizes.map(stall::turn).max().unwrap_or(0);
+        let watch = Watch::new(stream.into(), beats.into(), turn);
         let theirs = Some(theirs);
         let began_ns = work.log.now_ns();
-        Ok(Self { work, budget, reader, table, state, theirs, ours, pulse, watch, began_ns })
+        Ok(Self { work, budget, turn, reader, table, state, theirs, ours, pulse, watch, began_ns })
     }
 
     /// Has QEMU begin. The guardian may hang just then: so it is looked already whether the stream is
@@ -372,6 +381,7 @@ impl<'a> Taking<'a> {
         let Some(theirs) = self.theirs.take() else { return Ok(()) };
         let (ours, pulse) = (self.ours.as_fd(), self.pulse.as_fd());
         let (begun, budget, watch) = (AtomicBool::new(false), self.budget, &mut self.watch);
+        let turn = self.turn;
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !begun.load(Ordering::Relaxed) {
@@ -381,7 +391,7 @@ impl<'a> Taking<'a> {
                     thread::sleep(LOOK);
                 }
             });
-            let result = guardian.snapshot(nanos(budget), theirs.as_fd(), ours, pulse);
+            let result = guardian.snapshot(nanos(budget), turn, theirs.as_fd(), ours, pulse);
             begun.store(true, Ordering::Relaxed);
             result
         })
@@ -403,7 +413,7 @@ impl<'a> Taking<'a> {
 
     fn wait(&mut self) -> Result<Whole, Cut<PassError>> {
         let total = self.work.source.places().iter().map(|held| held.place().range.len()).sum();
-        let (mut heard, mut told_at) = ((0, Instant::now()), Instant::now());
+        let (mut heard, mut told_at) = (((0, 0), Instant::now()), Instant::now());
         loop {
             let read = self.reader.wait(LOOK);
             if let Some(whole) = read.map_err(|text| failed(SnapshotError::Reader(text)))? {
@@ -416,11 +426,17 @@ impl<'a> Taking<'a> {
             if waited > self.budget {
                 return Err(failed(SnapshotError::Stalled { waited, budget: self.budget }));
             }
-            if self.watch.count() != heard.0 {
-                heard = (self.watch.count(), Instant::now());
+            let written = self.watch.written().map_err(make("a look at the reader"))?;
+            let now = (self.watch.count(), written);
+            if now != heard.0 {
+                heard = (now, Instant::now());
             }
             if heard.1.elapsed() > SILENT {
-                return Err(failed(SnapshotError::Silent));
+                let all_has_come = self.watch.is_hung_up();
+                return Err(failed(match all_has_come {
+                    true => SnapshotError::Unwritten,
+                    false => SnapshotError::Silent,
+                }));
             }
             if told_at.elapsed() >= PROGRESS {
                 told_at = Instant::now();

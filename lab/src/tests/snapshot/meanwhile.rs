@@ -7,14 +7,14 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use lab::tearcheck::utc_ns;
-use lab::{Doing, Lab, Result, Ring, failed, here, runner};
+use lab::{Doing, Lab, Result, Ring, Version, failed, here, runner};
 use serde_json::{Value, json};
 
 use super::super::faults::{Tmpfs, fill, until_migration_is};
 use super::super::run::{Ended, Running, await_dead, kill, new_dir, recover, undo_files, verify};
 use super::pulse::{Pulse, Stalls};
 use super::slowdisk::SlowDisk;
-use super::{BUDGET, Left, SOON, Subject, in_time};
+use super::{BUDGET, Left, RESTORED, SOON, Subject, in_time, ns};
 
 pub(crate) const TESTS: &[runner::Test] = here![
     a_reset_meanwhile,
@@ -26,6 +26,7 @@ pub(crate) const TESTS: &[runner::Test] = here![
     qemu_is_killed_meanwhile,
     a_full_disk_holds_nobody_up,
     a_disk_slower_than_the_queue_holds_nobody_up,
+    a_disk_has_all_the_time_that_it_needs,
 ];
 
 /// The settings of a guest that takes DIMMs.
@@ -349,4 +350,36 @@ fn assert_broken_off(
     println!("         unread for {wait:?}");
     assert!(wait >= BUDGET, "{snapshot}");
     Ok(())
+}
+
+/// What fits the queue comes at once, and then neither QEMU nor the guest has a part in how long the disk
+/// takes: more than two minutes here, after which a QEMU that sent nothing would be given up.
+fn a_disk_has_all_the_time_that_it_needs(lab: &Lab) -> Result<()> {
+    lab.only_when_full()?;
+    let mut subject = Subject::boot(lab, Ring::wide(64), Version::V10_0)?;
+    let disk = SlowDisk::new(lab, 256)?;
+    let out = disk.dir.join("out");
+    fs::create_dir(&out)?;
+    let mut command = subject.command(&out)?;
+    command.args(["--store", "disk"]);
+    disk.set(Some(SLOW))?;
+    let mut run = Running::start(disk.slows(&command))?;
+    let status = await_stream_end(&mut subject, &mut run)?;
+    let came = Instant::now();
+    subject.await_as_found(RESTORED)?;
+    while run.runs()? {
+        assert!(came.elapsed() < Duration::from_secs(400), "it does not end");
+        sleep(Duration::from_millis(100));
+    }
+    let took = came.elapsed();
+    disk.set(None)?;
+    let ended = run.end()?;
+    println!("         {status}, and then {took:?} for the disk: {}", ended.status);
+    let manifest = ended.expect(0)?.complete(lab)?;
+    assert!(took > Duration::from_secs(130), "void: the disk was as quick as that");
+    let wait = ns(&manifest["snapshot"]["longest_wait_ns"])?;
+    assert!(Duration::from_nanos(wait) <= BUDGET, "{}", manifest["snapshot"]);
+    drop(disk);
+    subject.assert_clean()?;
+    subject.guest.finish()
 }
