@@ -41,6 +41,9 @@ const LOOK: Duration = Duration::from_millis(3);
 /// take for what waits for it when all has come: QEMU and the guest have no part in that any more.
 const SILENT: Duration = Duration::from_secs(120);
 
+/// How long a disk may stand still while it is given what had come of a stream that was broken off.
+const STANDS: Duration = Duration::from_secs(10);
+
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -178,6 +181,9 @@ pub fn snapshot(
     let (samples, read) = taking.read(cells);
     let end = guardian.end_snapshot(read.is_ok());
     let clocks = (before, host::clock::now());
+    if read.is_err() {
+        taking.keep_what_came();
+    }
     // From here on nothing writes into the store any more.
     taking.reader.kill();
     shot.samples = samples;
@@ -446,6 +452,22 @@ impl<'a> Taking<'a> {
                     done_bytes: self.watch.count().min(total),
                     total_bytes: total,
                 });
+            }
+        }
+    }
+
+    /// The stream was broken off: what had come may wait for the disk, and nobody waits for that. The
+    /// reader has the time that it needs, but for a second wish of the operator's.
+    fn keep_what_came(&mut self) {
+        let stop = self.work.stop.next();
+        let mut seen = (0, Instant::now());
+        while seen.1.elapsed() < STANDS && !stop.asked() {
+            if !matches!(self.reader.wait(LOOK), Ok(None)) {
+                return;
+            }
+            let written = self.watch.written().unwrap_or_default();
+            if written != seen.0 {
+                seen = (written, Instant::now());
             }
         }
     }
