@@ -72,7 +72,7 @@ enum Ask {
     /// Let it go on.
     Cont,
     /// Have QEMU take a snapshot; QEMU's end of the socket, the reader's, and its pulse come behind.
-    Snapshot { budget_ns: u64 },
+    Snapshot { budget_ns: u64, turn: u64 },
     /// The stream was read to its end, or nobody wants the rest of it.
     SnapshotEnd { whole: bool },
     /// Give QEMU a file to copy memory into; it comes behind.
@@ -449,7 +449,9 @@ impl Keeper {
             }
             Ask::Stop { until_ns } => self.stop(until_ns).map(Reply::Stopped),
             Ask::Cont => self.cont().map(Reply::Continued),
-            Ask::Snapshot { budget_ns } => self.snapshot(budget_ns).map(|()| Reply::Done),
+            Ask::Snapshot { budget_ns, turn } => {
+                self.snapshot(budget_ns, turn).map(|()| Reply::Done)
+            }
             Ask::SnapshotEnd { whole } => self.end_snapshot(whole).map(Reply::Shot),
             Ask::SlicesBegin => self.begin_slices().map(|()| Reply::Done),
             Ask::SlicesIn { dir } => self.begin_slices_in(dir).map(|()| Reply::Done),
@@ -548,7 +550,7 @@ impl Keeper {
     }
 
     /// Has QEMU take a snapshot.
-    fn snapshot(&mut self, budget_ns: u64) -> Result<(), AskError> {
+    fn snapshot(&mut self, budget_ns: u64, turn: u64) -> Result<(), AskError> {
         let none = |error: ChannelError| AskError::Query(told(&error));
         let mut fds = self.channel.receive_fds(3, PROMPT).map_err(none)?.into_iter();
         let (Some(theirs), Some(ours), Some(pulse)) = (fds.next(), fds.next(), fds.next()) else {
@@ -559,7 +561,7 @@ impl Keeper {
         let until_ns = monotonic_ns().saturating_add(budget_ns);
         self.monitor()?;
         let Some(monitor) = &mut self.monitor else { return Ok(()) };
-        let watch = Watch::new(ours, pulse);
+        let watch = Watch::new(ours, pulse, turn);
         let shot = Shot::begin(monitor, &mut self.undo, &theirs, watch, budget, until_ns)?;
         self.shot = Some(shot);
         Ok(())
@@ -922,19 +924,20 @@ impl Guardian {
 
     /// Has QEMU take a snapshot into the socket whose end for QEMU is `theirs`; the guardian looks at
     /// `ours`, the reader's end, and at the reader's `pulse`, and breaks the stream when that is not
-    /// read for longer than the stall budget.
+    /// read for longer than the stall budget; `turn` is that of [`crate::stall`].
     ///
     /// # Errors
     /// [`GuardianError`]: QEMU's settings are as they were.
     pub fn snapshot(
         &mut self,
         budget_ns: u64,
+        turn: u64,
         theirs: BorrowedFd<'_>,
         ours: BorrowedFd<'_>,
         pulse: BorrowedFd<'_>,
     ) -> Result<(), GuardianError> {
         let fds = [theirs, ours, pulse];
-        self.ask_with(&Ask::Snapshot { budget_ns }, &fds, LOOK).map(drop)
+        self.ask_with(&Ask::Snapshot { budget_ns, turn }, &fds, LOOK).map(drop)
     }
 
     /// The snapshot's stream was read to its end, or nobody wants the rest: gives back what QEMU says

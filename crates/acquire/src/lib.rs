@@ -419,7 +419,7 @@ impl Run {
             .or(plan.dump.map(|_| "qemu-dump"));
         self.readers = looked.readers();
         self.readers.iter_mut().for_each(|(_, word)| *word = by_qemu.unwrap_or(word));
-        self.drop_unreached();
+        self.drop_unreached(guarded);
     }
 
     /// One pass inside a hold. The guest goes on when this returns.
@@ -709,9 +709,13 @@ impl Run {
     }
 
     /// Blocks that no pass reached are losses, not blocks of the image.
-    fn drop_unreached(&mut self) {
+    fn drop_unreached(&mut self, guarded: &Guarded) {
         self.not_reached =
             self.cells.iter().filter(|cell| cell.pass == 0).map(|cell| cell.block).collect();
+        // Where the store is the image, whoever was ended while he wrote may have left bytes there.
+        for block in self.not_reached.iter().filter(|_| guarded.ram().is_none()) {
+            let _ = guarded.file.punch(*block);
+        }
         self.cells.retain(|cell| cell.pass > 0);
     }
 

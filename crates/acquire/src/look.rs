@@ -278,7 +278,7 @@ fn hold_facts(
         .collect();
     let tracer = target.process.tracer().ok().flatten();
     let threads = target.process.threads().map_or(0, |threads| threads.len());
-    let (vhost_in_kernel, writers) = writers(target);
+    let (vhost_in_kernel, writers) = writers(target, memory);
     HoldFacts {
         traced_by: tracer,
         vhost_in_kernel,
@@ -394,7 +394,7 @@ fn odd(located: &Located) -> Option<String> {
 
 /// Who writes guest memory beside QEMU's threads: whether vhost threads of the kernel do, and what
 /// no hold reaches.
-fn writers(target: &Target) -> (bool, Vec<String>) {
+fn writers(target: &Target, memory: &GuestMemory) -> (bool, Vec<String>) {
     let links: Vec<String> = target
         .process
         .fds()
@@ -423,6 +423,12 @@ fn writers(target: &Target) -> (bool, Vec<String>) {
             writers.push(format!("{word} (on QEMU's command line)"));
         }
     }
+    // A backend of vhost-user that was plugged in later is on no command line.
+    writers.extend(memory.sharers().unwrap_or_default().iter().map(|process| {
+        let exe = process.exe().unwrap_or_default();
+        let exe = String::from_utf8_lossy(&exe).into_owned();
+        format!("process {} ({exe}), which maps the guest's memory,", process.pid())
+    }));
     writers.sort();
     writers.dedup();
     (vhost && !reached, writers)

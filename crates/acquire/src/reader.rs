@@ -183,7 +183,8 @@ fn serve(mut channel: Channel) -> Result<(), String> {
     let ended = match store {
         None => take_head(pulse, &state),
         Some(store) => {
-            let taker = Taker::new(&begin, store, Table::new(File::from(table)));
+            let beats = pulse.pulse.try_clone().map_err(|e| told(&e))?;
+            let taker = Taker::new(&begin, store, Table::new(File::from(table)), beats);
             let taker = taker.map_err(|e| told(&e))?;
             match begin.kind {
                 Kind::Snapshot => take_snapshot(taker, pulse, &state),
@@ -377,7 +378,7 @@ impl Room {
 }
 
 impl Taker {
-    fn new(begin: &Begin, store: DiskStore, table: Table) -> io::Result<Self> {
+    fn new(begin: &Begin, store: DiskStore, table: Table, pulse: File) -> io::Result<Self> {
         let mut entries = Vec::new();
         for number in 0..table.count()? {
             let entry = table.get(number)?;
@@ -392,7 +393,7 @@ impl Taker {
             let (sender, jobs) = channel();
             let room = Arc::new(Room::default());
             let freed = Arc::clone(&room);
-            let work = move || write_all(&jobs, &store, table, &freed);
+            let work = move || write_all(&jobs, &store, table, &freed, &pulse);
             let thread = thread::Builder::new().name("write".to_owned()).spawn(work)?;
             Out::Queue(sender, room, thread)
         };
@@ -559,11 +560,16 @@ fn write_all(
     store: &DiskStore,
     table: Table,
     room: &Room,
+    pulse: &File,
 ) -> io::Result<Table> {
-    let mut result = Ok(());
+    let (mut result, mut written) = (Ok(()), 0);
     for (at, bytes, number, entry) in jobs {
         if result.is_ok() {
-            result = store.put(at, &bytes).and_then(|()| table.put(number, &entry));
+            written += at.len();
+            result = store
+                .put(at, &bytes)
+                .and_then(|()| table.put(number, &entry))
+                .and_then(|()| stall::beat_written(pulse, written));
         }
         room.free(bytes.len());
     }
@@ -707,7 +713,14 @@ mod tests {
     }
 
     fn taker(begin: &Begin, file: File) -> (Taker, File, File) {
+        let (taker, file, table, _) = pulsed(begin, file);
+        (taker, file, table)
+    }
+
+    /// The same, and its pulse.
+    fn pulsed(begin: &Begin, file: File) -> (Taker, File, File, File) {
         let table = tempfile::tempfile().unwrap();
+        let pulse = File::from(scratch_file("pulse", stall::PULSE as u64).unwrap());
         let entry = |block, pages| Entry {
             block,
             states: vec![PageState::Hole; pages],
@@ -718,10 +731,11 @@ mod tests {
         fresh.put(0, &entry(range(0, BLOCK), 256)).unwrap();
         fresh.put(1, &entry(range(8 * BLOCK, 4 * P), 4)).unwrap();
         let store = DiskStore::new(file.try_clone().unwrap(), layout()).unwrap();
-        let mut taker = Taker::new(begin, store, fresh).unwrap();
+        let beats = pulse.try_clone().unwrap();
+        let mut taker = Taker::new(begin, store, fresh, beats).unwrap();
         let block = |name: &str, used| stream::Block { name: name.into(), used };
         taker.blocks(&[block("vga", BLOCK), block("ram", BLOCK)]).unwrap();
-        (taker, file, table)
+        (taker, file, table, pulse)
     }
 
     fn in_memory() -> File {
@@ -765,6 +779,18 @@ mod tests {
             assert_eq!([byte_at(P - 1), byte_at(P), byte_at(5 * P)], [1, 2, 3]);
             assert_eq!([byte_at(254 * P), byte_at(BLOCK + 6 * P)], [4, 4]);
         }
+    }
+
+    #[test]
+    fn what_was_written_to_a_disk_is_counted() {
+        let (mut taker, _, _, pulse) = pulsed(&begin(None), on_disk());
+        for number in [0, 1, 5] {
+            taker.page(1, number * P, &page(1)).unwrap();
+        }
+        taker.finish(&[]).unwrap();
+        let ours = std::os::unix::net::UnixStream::pair().unwrap().0;
+        let watch = stall::Watch::new(ours.into(), pulse.into(), 0);
+        assert_eq!(watch.written().unwrap(), 3 * P);
     }
 
     #[test]

@@ -126,12 +126,28 @@ pub fn blocks(
             bytes.fill(0);
             entry.states.fill(PageState::Unreadable);
         }
+        let strays = take_strays(&entry, bytes);
         note_zeros(&mut entry, bytes);
         entry.digest = sha256(bytes);
-        write(&entry, bytes, image).map_err(|cause| SealError::Image { at: entry.block, cause })?;
+        write(&entry, bytes, &strays, image)
+            .map_err(|cause| SealError::Image { at: entry.block, cause })?;
         entry.sealed = true;
         table.put(slot.number, &entry).map_err(SealError::Table)
     })
+}
+
+/// Empties pages that hold bytes though they are said to have none, and gives back where they were: a
+/// process that was ended between writing a page and saying so leaves one.
+fn take_strays(entry: &Entry, bytes: &mut [u8]) -> Vec<Range<usize>> {
+    let mut strays = Vec::new();
+    for (state, span) in entry.states.iter().zip(page_spans(entry.block)) {
+        let Some(page) = bytes.get_mut(span.clone()) else { continue };
+        if !state.has_bytes() && !is_zero(page) {
+            page.fill(0);
+            strays.push(span);
+        }
+    }
+    strays
 }
 
 /// A page that was read and holds only zeros is `zero`.
@@ -153,7 +169,12 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
 /// a few zeros is quicker than two writes and a hole, and disks have no use for smaller holes.
 const MEND: usize = 64 << 10;
 
-fn write(entry: &Entry, bytes: &[u8], image: &Image<'_>) -> io::Result<()> {
+fn write(
+    entry: &Entry,
+    bytes: &[u8],
+    strays: &[Range<usize>],
+    image: &Image<'_>,
+) -> io::Result<()> {
     let data = mended(page_runs(entry.block, |page| {
         entry.states.get(page).is_some_and(|state| state.has_bytes())
     }));
@@ -164,7 +185,8 @@ fn write(entry: &Entry, bytes: &[u8], image: &Image<'_>) -> io::Result<()> {
         Image::Apart(file) => (file, true),
         Image::InPlace(file) => (file, false),
     };
-    for run in data.iter().filter(|_| apart) {
+    // What lies in place already needs no more than that nothing else does.
+    for run in if apart { &data } else { strays } {
         if let (Some(at), Some(bytes)) = (at(run), bytes.get(run.clone())) {
             file.put(at, bytes)?;
         }
@@ -344,6 +366,7 @@ fn page_runs_of(changed: &Changed) -> Vec<PageRun> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use evidence::{Segment, Segments};
 
     #[test]
     fn small_gaps_are_mended_and_the_rest_is_given_back() {
@@ -361,5 +384,41 @@ mod tests {
             changed[page / 64] |= 1 << (page % 64);
         }
         assert_eq!(page_runs_of(&changed), [PageRun(0, 2), PageRun(63, 2), PageRun(256, 1)]);
+    }
+
+    /// What a process wrote into the store and could not tell of any more.
+    #[test]
+    fn a_page_that_nobody_told_of_is_not_sealed() {
+        const P: u64 = evidence::PAGE;
+        const P_LEN: usize = 4096;
+        let block = GuestRange::new(0, 64 * P).unwrap();
+        let segments = Segments::new(vec![Segment { range: block, offset: 0 }]).unwrap();
+        let store = DiskStore::new(tempfile::tempfile().unwrap(), segments).unwrap();
+        store.put(block, &[7; 64 * P_LEN]).unwrap();
+        // The second lies between pages with bytes, the others do not.
+        let mut states = vec![PageState::Unreadable; 64];
+        (states[0], states[2]) = (PageState::Data, PageState::Data);
+        let table = Table::new(tempfile::tempfile().unwrap());
+        table.put(0, &Entry { block, states, digest: Digest::ZERO, sealed: false }).unwrap();
+        let (stop, observer) = (Stop::new(), |_: Event| {});
+        let setting = Setting {
+            max_rate: None,
+            stop: &stop,
+            until: None,
+            observer: &observer,
+            phase: Phase::Seal,
+            pass: None,
+        };
+        let get = |at: GuestRange, buf: &mut [u8]| store.get(at, buf);
+        let (mut slots, mut scratches) = ([Slot { number: 0, block }], Scratch::for_workers(1));
+        let image = Image::InPlace(&store);
+        blocks(&mut slots, &table, &get, &image, &setting, &mut scratches).unwrap();
+        let mut bytes = vec![1; 64 * P_LEN];
+        store.get(block, &mut bytes).unwrap();
+        let full = |page: &[u8]| page.iter().all(|byte| *byte == 7);
+        let pages: Vec<usize> = (0..64).filter(|n| full(&bytes[n * P_LEN..][..P_LEN])).collect();
+        assert_eq!(pages, [0, 2]);
+        assert!(is_zero(&bytes[P_LEN..2 * P_LEN]) && is_zero(&bytes[3 * P_LEN..]));
+        assert_eq!(table.get(0).unwrap().digest, sha256(&bytes));
     }
 }

@@ -210,13 +210,18 @@ impl DiskStore {
         }
     }
 
+    /// Writes zeros where something else is: what lies there already need not be sent to a disk again.
     fn write_zeros(&self, range: GuestRange) -> io::Result<()> {
-        let zeros = vec![0; BOUNCE.min(usize::try_from(range.len()).unwrap_or(BOUNCE))];
+        let mut now = vec![0; BOUNCE.min(usize::try_from(range.len()).unwrap_or(BOUNCE))];
+        let zeros = now.clone();
         let mut start = range.start();
         while let Some(left) = NonZeroU64::new(range.end() - start) {
             let len = usize::try_from(left.get()).map_or(zeros.len(), |l| l.min(zeros.len()));
             let piece = GuestRange::new(start, len as u64).ok_or(io::ErrorKind::InvalidInput)?;
-            self.put(piece, &zeros[..len])?;
+            self.get(piece, &mut now[..len])?;
+            if now[..len] != zeros[..len] {
+                self.put(piece, &zeros[..len])?;
+            }
             start = piece.end();
         }
         Ok(())

@@ -17,7 +17,7 @@
 use crate::fs::{is_hugetlbfs, open_reading};
 use crate::maps::{self, Smap, Vma};
 use crate::pagemap::{Entry, Pagemap};
-use crate::process::{FileId, Process};
+use crate::process::{self, FileId, Process};
 use crate::source::{Faults, Gone, Source, check_fit};
 use crate::{HostError, kernel_text};
 use evidence::map::Mapping;
@@ -373,6 +373,21 @@ impl GuestMemory {
             (Mapping::PrivateFile, _) => Some("it lies over a file, of which nothing is tracked"),
         };
         self.held.iter().find_map(|held| why(held).map(|why| (held.place.range, why)))
+    }
+
+    /// Processes beside the VM's own that map its memory and may write there: vhost-user backends,
+    /// whether they were there when the VM began or came later.
+    ///
+    /// # Errors
+    /// `/proc` cannot be listed.
+    pub fn sharers(&self) -> Result<Vec<Process>, HostError> {
+        let shared = self.held.iter().filter(|held| held.vma.shared());
+        let mut files: Vec<_> = shared.map(|held| (held.vma.dev, held.vma.inode)).collect();
+        files.dedup();
+        match files.is_empty() {
+            true => Ok(Vec::new()),
+            false => process::sharers(&files, self.process.pid()),
+        }
     }
 
     /// Whether any place is read the way that keeps pages merged by KSM.

@@ -406,6 +406,20 @@ pub fn all_pids() -> Result<Vec<u32>, HostError> {
     numbers(Dir::new(fd).map_err(error)?, || "/proc".into())
 }
 
+/// Who beside process `but` can write into one of `files`, each a device and an inode, by a mapping of its
+/// own. Of a process whose mappings are not shown to us nothing is known.
+///
+/// # Errors
+/// `/proc` cannot be listed.
+pub fn sharers(files: &[((u32, u32), u64)], but: u32) -> Result<Vec<Process>, HostError> {
+    let writes =
+        |vma: &Vma| vma.shared() && vma.perms[1] == b'w' && files.contains(&(vma.dev, vma.inode));
+    let shares = |process: &Process| process.maps().is_ok_and(|maps| maps.iter().any(writes));
+    // One that has ended meanwhile writes nothing.
+    let others = all_pids()?.into_iter().filter(|pid| *pid != but);
+    Ok(others.filter_map(|pid| Process::open(pid).ok()).filter(shares).collect())
+}
+
 /// The entries of `dir` that are numbers, ascending.
 fn numbers(dir: Dir, path: impl Fn() -> String) -> Result<Vec<u32>, HostError> {
     let mut out = Vec::new();

@@ -206,54 +206,54 @@ fn only_a_directory_takes_an_exhibit(lab: &Lab) -> Result<()> {
     guest.finish()
 }
 
-/// A memory control group below the one that this process is in; dropped, it is removed.
+/// A control group below the one that this process is in; dropped, it is removed.
 #[derive(Debug)]
-struct Group {
-    dir: PathBuf,
-    /// The file that counts kills.
-    events: &'static str,
+pub(super) struct Group {
+    pub(super) dir: PathBuf,
+    /// It is of the first version.
+    pub(super) first: bool,
 }
 
 impl Group {
-    /// A group with a limit, of the version whose memory controller this machine uses.
-    fn new(mib: u64) -> Result<Self> {
+    /// A group of the version whose controller this machine uses; its names in both.
+    pub(super) fn new(first_name: &str, second_name: &str) -> Result<Self> {
         let groups = fs::read_to_string("/proc/self/cgroup")?;
-        let first = groups.lines().find_map(|line| line.split_once(":memory:").map(|(_, p)| p));
+        let is_first = format!(":{first_name}:");
+        let first = groups.lines().find_map(|line| line.split_once(&is_first).map(|(_, p)| p));
         let second = groups.lines().find_map(|line| line.strip_prefix("0::"));
         let name = format!("stillframe-lab-{}", std::process::id());
-        let none = || skipped("no memory control group is mounted where this process is");
-        let (limit, events, own) = match (first, second) {
-            (Some(path), _) => {
-                ("memory.limit_in_bytes", "memory.oom_control", below("cgroup", "memory", path))
-            }
-            (None, Some(path)) => ("memory.max", "memory.events", below("cgroup2", "", path)),
-            (None, None) => return Err(none()),
+        let none = || {
+            skipped(format_args!("no {first_name} control group is mounted where this process is"))
+        };
+        let own = match (first, second) {
+            (Some(path), _) => below("cgroup", first_name, path),
+            (None, Some(path)) => below("cgroup2", "", path),
+            (None, None) => None,
         };
         let own = own.filter(|dir| dir.exists()).ok_or_else(none)?;
         if first.is_none() {
             // Refused where the group holds processes and is not the root.
-            let _ = fs::write(own.join("cgroup.subtree_control"), "+memory");
+            let _ = fs::write(own.join("cgroup.subtree_control"), format!("+{second_name}"));
         }
-        let group = Self { dir: own.join(name), events };
+        let group = Self { dir: own.join(name), first: first.is_some() };
         let cannot = |e| skipped(format_args!("no control group can be made: {e}"));
         fs::create_dir(&group.dir).map_err(cannot)?;
-        fs::write(group.dir.join(limit), (mib << 20).to_string()).map_err(cannot)?;
         Ok(group)
     }
 
+    /// Sets what the file of the group's version says.
+    pub(super) fn set(&self, first: (&str, &str), second: (&str, &str)) -> Result<()> {
+        let (file, text) = if self.first { first } else { second };
+        let cannot = |e| skipped(format_args!("{file} of a control group cannot be set: {e}"));
+        fs::write(self.dir.join(file), text).map_err(cannot)
+    }
+
     /// The command, to be run in the group.
-    fn within(&self, command: &Command) -> Command {
+    pub(super) fn within(&self, command: &Command) -> Command {
         let mut shell = Command::new("sh");
         shell.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(self.dir.join("cgroup.procs"));
         shell.arg(command.get_program()).args(command.get_args());
         shell
-    }
-
-    /// Processes of the group that the kernel killed for want of memory.
-    fn kills(&self) -> Result<u64> {
-        let text = fs::read_to_string(self.dir.join(self.events))?;
-        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok());
-        count.ok_or_else(|| failed(format_args!("{} says {text:?}", self.events)))
     }
 }
 
@@ -261,6 +261,21 @@ impl Drop for Group {
     fn drop(&mut self) {
         let _ = fs::remove_dir(&self.dir);
     }
+}
+
+/// A memory control group with a limit.
+fn limited(mib: u64) -> Result<Group> {
+    let (group, limit) = (Group::new("memory", "memory")?, (mib << 20).to_string());
+    group.set(("memory.limit_in_bytes", &limit), ("memory.max", &limit))?;
+    Ok(group)
+}
+
+/// Processes of a memory control group that the kernel killed for want of memory.
+fn kills(group: &Group) -> Result<u64> {
+    let file = if group.first { "memory.oom_control" } else { "memory.events" };
+    let text = fs::read_to_string(group.dir.join(file))?;
+    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok());
+    count.ok_or_else(|| failed(format_args!("{file} says {text:?}")))
 }
 
 /// The directory of control group `path` in the mount of this type that has the controller.
@@ -295,14 +310,14 @@ fn a_control_group_too_small_on_version_two(lab: &Lab) -> Result<()> {
 
 fn too_small_for_the_store(lab: &Lab, out: &Path) -> Result<()> {
     let (guest, vm) = filled(lab, 64)?;
-    let small = Group::new(96)?;
+    let small = limited(96)?;
     let path = small.dir.to_string_lossy();
     let run = small.within(&acquire(lab, &vm, out, &["--store", "ram"])?);
     Running::start(run)?.end()?.expect(4)?.says(&["RAM store", "control group", &path])?;
     assert_eq!(names(out)?, [""; 0]);
     let run = small.within(&acquire(lab, &vm, out, &["--file-digest", "no"])?);
     let manifest = Running::start(run)?.end()?.expect(0)?.complete(lab)?;
-    assert_eq!((&manifest["store"], small.kills()?), (&json!("disk"), 0));
+    assert_eq!((&manifest["store"], kills(&small)?), (&json!("disk"), 0));
     guest.finish()
 }
 

@@ -5,6 +5,7 @@
 mod blows;
 mod meanwhile;
 mod pulse;
+mod slowdisk;
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -42,6 +43,7 @@ pub(crate) const TESTS: &[lab::runner::Test] = here![
     a_paused_guest_is_refused,
     a_guest_with_a_block_job_is_refused,
     a_migrating_guest_is_refused,
+    a_guest_whose_memory_others_write_is_refused,
 ];
 
 pub(crate) use blows::TESTS as BLOWS;
@@ -682,6 +684,25 @@ fn a_migrating_guest_is_refused(lab: &Lab) -> Result<()> {
     crawl.end(&mut subject.guest)?;
     assert_eq!(subject.guest.qmp("query-migrate-parameters", json!({}))?, found);
     fs::remove_dir(&out)?;
+    subject.whole()?.0.remove()?;
+    subject.guest.finish()
+}
+
+/// As a backend of vhost-user that was plugged in later: another process has the guest's memory mapped,
+/// writes past the protection, and is on no command line.
+fn a_guest_whose_memory_others_write_is_refused(lab: &Lab) -> Result<()> {
+    let (mib, ring) = (64, Ring::spread(64));
+    let file = Filled::new(mib)?;
+    let object =
+        format!("memory-backend-file,id=d0,size={mib}M,share=on,mem-path={}", file.0.display());
+    let args = ["-m", "slots=2,maxmem=1G", "-object", &object, "-device", "pc-dimm,memdev=d0"];
+    let mut subject = Subject::boot_like(lab, ring, |guest| guest.args(&args))?;
+    subject.whole()?.0.remove()?;
+    let other = lab.guest().paused().memory_mib(32).args(&args).boot()?;
+    let named = format!("process {}", other.pid());
+    refused(&mut subject, &[&named])?;
+    // Whoever reads it only, or it is gone, is nobody.
+    other.finish()?;
     subject.whole()?.0.remove()?;
     subject.guest.finish()
 }

@@ -95,6 +95,9 @@ pub fn dump(
     let (samples, read) = taking.read(|ended| sample(work, cells, standing, ended));
     let end = guardian.end_dump();
     let clocks = (before, host::clock::now());
+    if read.is_err() {
+        taking.keep_what_came();
+    }
     // From here on nothing writes into the store any more.
     taking.end_reader();
     let now_ns = host::clock::monotonic_ns();

@@ -76,8 +76,9 @@ pub fn snapshot(
         Err(cut) => return Shot { end: Err(cut), ..shot },
     };
     shot.rights = Some(taking.rights());
+    let turn = taking.turn;
     let begun = taking.begin(false, |[theirs, ours, pulse]| {
-        guardian.snapshot(planned.at_most_ns, theirs, ours, pulse)
+        guardian.snapshot(planned.at_most_ns, turn, theirs, ours, pulse)
     });
     if let Err(error) = begun {
         taking.end_reader();
@@ -86,6 +87,9 @@ pub fn snapshot(
     let (samples, read) = taking.read(|ended| sample(work, cells, protected, ended));
     let end = guardian.end_snapshot(read.is_ok());
     let clocks = (before, host::clock::now());
+    if read.is_err() {
+        taking.keep_what_came();
+    }
     // From here on nothing writes into the store any more.
     taking.end_reader();
     shot.samples = samples;

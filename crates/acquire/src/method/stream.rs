@@ -17,6 +17,7 @@ use evidence::record::Span;
 use evidence::state::pages;
 use evidence::{GuestRange, MemoryMap, PageState, Segments};
 use host::clock::monotonic_ns;
+use host::guest_memory::Held;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -29,8 +30,13 @@ use std::time::{Duration, Instant};
 /// How often it is looked whether the stream is read.
 const LOOK: Duration = Duration::from_millis(3);
 
-/// How long QEMU may be silent: before a snapshot it gives every page memory, which takes a while.
+/// How long QEMU may be silent: before a snapshot it gives every page memory, which takes a while. As long
+/// a disk may take for what waits for it when all has come: QEMU and the guest have no part in that any
+/// more.
 const SILENT: Duration = Duration::from_secs(120);
+
+/// How long a disk may stand still while it is given what had come of a stream that was broken off.
+const STANDS: Duration = Duration::from_secs(10);
 
 /// How often progress is told.
 const PROGRESS: Duration = Duration::from_millis(200);
@@ -64,6 +70,9 @@ pub enum StreamError {
     /// QEMU sends nothing.
     #[error("QEMU sent nothing for {} s", SILENT.as_secs())]
     Silent,
+    /// The disk takes nothing of what QEMU has sent.
+    #[error("nothing of what had come from QEMU was written for {} s", SILENT.as_secs())]
+    Unwritten,
     /// It did not end in time.
     #[error("QEMU's stream did not end in time: it was broken off, and the guest goes on")]
     Late,
@@ -105,13 +114,14 @@ struct Ends {
 }
 
 impl Ends {
-    fn make() -> Result<Self, Cut<PassError>> {
+    /// `turn` is that of [`stall`].
+    fn make(turn: u64) -> Result<Self, Cut<PassError>> {
         let (ours, theirs) = UnixStream::pair().map_err(make("a socket"))?;
         let pulse = file("stillframe-pulse", stall::PULSE)?;
         let state = file("stillframe-devices", reader::DEVICE_STATE)?;
         let clones = ours.try_clone().and_then(|ours| Ok((ours, pulse.try_clone()?)));
         let (stream, beats) = clones.map_err(make("a descriptor"))?;
-        let watch = Watch::new(stream.into(), beats.into());
+        let watch = Watch::new(stream.into(), beats.into(), turn);
         Ok(Self { theirs: Some(theirs), ours, pulse, state, watch })
     }
 
@@ -148,6 +158,8 @@ pub(super) type Fds<'a> = [BorrowedFd<'a>; 3];
 pub(super) struct Taking<'a> {
     work: &'a Work<'a>,
     budget: Duration,
+    /// That of [`stall`].
+    pub(super) turn: u64,
     /// When it is cut, whoever waits: the guest stands meanwhile.
     until: Option<Instant>,
     ends: Ends,
@@ -166,7 +178,9 @@ impl<'a> Taking<'a> {
         (into, store): (&Destination<'_>, BorrowedFd<'_>),
         cells: &[Cell],
     ) -> Result<Self, Cut<PassError>> {
-        let ends = Ends::make()?;
+        let page_sizes = work.source.places().iter().map(Held::page_size);
+        let turn = page_sizes.map(stall::turn).max().unwrap_or(0);
+        let ends = Ends::make(turn)?;
         let table = Table::new(file("stillframe-pages", Table::len_of(cells.len()))?);
         for (number, cell) in (0u64..).zip(cells) {
             table.put(number, &Table::unknown(cell)).map_err(make("the table of blocks"))?;
@@ -180,7 +194,7 @@ impl<'a> Taking<'a> {
         };
         let reader = ends.reader(begin, store, table.file().as_fd())?;
         let began_ns = work.log.now_ns();
-        Ok(Self { work, budget, until: None, ends, reader, table, began_ns })
+        Ok(Self { work, budget, turn, until: None, ends, reader, table, began_ns })
     }
 
     /// The rights that the reader kept.
@@ -246,7 +260,7 @@ impl<'a> Taking<'a> {
 
     fn wait(&mut self) -> Result<Whole, Cut<PassError>> {
         let total = self.work.source.places().iter().map(|held| held.place().range.len()).sum();
-        let (mut heard, mut told_at) = ((0, Instant::now()), Instant::now());
+        let (mut heard, mut told_at) = (((0, 0), Instant::now()), Instant::now());
         loop {
             let read = self.reader.wait(LOOK);
             if let Some(whole) = read.map_err(|text| failed(StreamError::Reader(text)))? {
@@ -262,11 +276,16 @@ impl<'a> Taking<'a> {
             if waited > self.budget {
                 return Err(failed(StreamError::Stalled { waited, budget: self.budget }));
             }
-            if self.ends.watch.count() != heard.0 {
-                heard = (self.ends.watch.count(), Instant::now());
+            let written = self.ends.watch.written().map_err(make("a look at the reader"))?;
+            let now = (self.ends.watch.count(), written);
+            if now != heard.0 {
+                heard = (now, Instant::now());
             }
             if heard.1.elapsed() > SILENT {
-                return Err(failed(StreamError::Silent));
+                return Err(failed(match self.ends.watch.is_hung_up() {
+                    true => StreamError::Unwritten,
+                    false => StreamError::Silent,
+                }));
             }
             if told_at.elapsed() >= PROGRESS {
                 told_at = Instant::now();
@@ -276,6 +295,22 @@ impl<'a> Taking<'a> {
                     done_bytes: self.ends.watch.count().min(total),
                     total_bytes: total,
                 });
+            }
+        }
+    }
+
+    /// The stream was broken off: what had come may wait for the disk, and nobody waits for that. The
+    /// reader has the time that it needs, but for a second wish of the operator's.
+    pub(super) fn keep_what_came(&mut self) {
+        let stop = self.work.stop.next();
+        let mut seen = (0, Instant::now());
+        while seen.1.elapsed() < STANDS && !stop.asked() {
+            if !matches!(self.reader.wait(LOOK), Ok(None)) {
+                return;
+            }
+            let written = self.ends.watch.written().unwrap_or_default();
+            if written != seen.0 {
+                seen = (written, Instant::now());
             }
         }
     }
@@ -366,7 +401,7 @@ pub fn dump_head(guardian: &mut Guardian, at_most: Duration) -> Result<DumpHead,
         Cut::Failed(error) => error,
         Cut::Stopped | Cut::Late => PassError::Stream(StreamError::Late),
     };
-    let mut ends = Ends::make().map_err(error)?;
+    let mut ends = Ends::make(0).map_err(error)?;
     let begin = Begin {
         kind: Kind::DumpHead,
         store: Vec::new(),

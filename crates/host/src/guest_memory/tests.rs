@@ -645,3 +645,22 @@ fn merged_pages_stay_merged() {
     read(&memory, GPA, 512 * 4096);
     assert!(alone() > 100, "process_vm_readv left all but {} pages merged", alone());
 }
+
+#[test]
+fn who_else_writes_shared_memory_is_found() {
+    let (area, private) = (Area::memfd(4, MapFlags::SHARED), Area::memfd(4, MapFlags::PRIVATE));
+    let me = Process::open(std::process::id()).unwrap();
+    let maps = me.maps().unwrap();
+    let file = |area: &Area| {
+        let vma = maps.iter().find(|vma| vma.covers(area.hva(), 4096)).unwrap();
+        [(vma.dev, vma.inode)]
+    };
+    let pids = |area: &Area, but| -> Vec<u32> {
+        crate::process::sharers(&file(area), but).unwrap().iter().map(Process::pid).collect()
+    };
+    assert_eq!(pids(&area, 1), [me.pid()]);
+    assert_eq!(pids(&area, me.pid()), [0; 0]);
+    assert_eq!(pids(&private, 1), [0; 0], "what it writes is its own");
+    let memory = GuestMemory::open(&me, &[area.place(0)]).unwrap();
+    assert!(memory.sharers().unwrap().is_empty(), "the VM itself");
+}

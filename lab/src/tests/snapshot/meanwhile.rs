@@ -2,17 +2,19 @@
 //! that is said to be of one instant is.
 
 use std::fs;
+use std::path::Path;
 use std::thread::sleep;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use lab::tearcheck::utc_ns;
-use lab::{Doing, Lab, Result, Ring, failed, here, runner};
+use lab::{Doing, Lab, Result, Ring, Version, failed, here, runner};
 use serde_json::{Value, json};
 
 use super::super::faults::{Tmpfs, fill, until_migration_is};
 use super::super::run::{Ended, Running, await_dead, kill, new_dir, recover, undo_files, verify};
-use super::pulse::Pulse;
-use super::{Left, Subject, in_time};
+use super::pulse::{Pulse, Stalls};
+use super::slowdisk::SlowDisk;
+use super::{BUDGET, Left, RESTORED, SOON, Subject, in_time, ns};
 
 pub(crate) const TESTS: &[runner::Test] = here![
     a_reset_meanwhile,
@@ -23,6 +25,8 @@ pub(crate) const TESTS: &[runner::Test] = here![
     qemu_quits_meanwhile,
     qemu_is_killed_meanwhile,
     a_full_disk_holds_nobody_up,
+    a_disk_slower_than_the_queue_holds_nobody_up,
+    a_disk_has_all_the_time_that_it_needs,
 ];
 
 /// The settings of a guest that takes DIMMs.
@@ -268,6 +272,117 @@ fn a_full_disk_holds_nobody_up(lab: &Lab) -> Result<()> {
         _ => false,
     };
     assert!(fits, "{}: {left:?}", ended.status);
+    subject.assert_clean()?;
+    subject.guest.finish()
+}
+
+/// Bytes that the tool lets wait for a disk, by docs/snapshot.md.
+const QUEUE: u64 = 128 << 20;
+
+/// What the slow disk writes in a second: in a run's stall budget much less than the queue is long.
+const SLOW: u64 = 256 << 10;
+
+/// What QEMU says of a snapshot that is under way, once it has ended.
+fn await_stream_end(subject: &mut Subject<'_>, run: &mut Running) -> Result<Value> {
+    assert!(subject.await_stream(run, 0.05)?, "void: the run ended before the stream");
+    let until = Instant::now() + Duration::from_secs(30);
+    while Instant::now() < until {
+        let migration = subject.guest.qmp("query-migrate", json!({}))?;
+        if ["completed", "failed", "cancelled"].map(Value::from).contains(&migration["status"]) {
+            return Ok(migration["status"].clone());
+        }
+        sleep(Duration::from_millis(5));
+    }
+    Err(failed("QEMU still waits for the disk"))
+}
+
+/// A disk that takes less than QEMU sends, so that the queue before it fills: QEMU waits, and the stream is
+/// broken off in time, though nobody hangs. As soon as the disk is as quick as it was, the same is whole.
+fn a_disk_slower_than_the_queue_holds_nobody_up(lab: &Lab) -> Result<()> {
+    let mut subject = boot(lab)?;
+    let disk = SlowDisk::new(lab, 1024)?;
+    let out = disk.dir.join("out");
+    fs::create_dir(&out)?;
+    let mut command = subject.command(&out)?;
+    command.args(["--store", "disk"]);
+
+    disk.set(Some(SLOW))?;
+    let pulse = Pulse::start(&mut subject.guest, &subject.ring)?;
+    let mut run = Running::start(disk.slows(&command))?;
+    let status = await_stream_end(&mut subject, &mut run)?;
+    // The disk is still slow.
+    subject.writer.goes_on(SOON)?;
+    let stalls = pulse.end()?;
+    disk.set(None)?;
+    let ended = run.end()?;
+    println!("         {status}, {}: {}; {stalls:?}", ended.status, ended.done("reason"));
+    in_time(stalls)?;
+    assert_broken_off(&subject, &ended, &out, stalls)?;
+    fs::remove_dir_all(ended.exhibit()?.0)?;
+    subject.assert_clean()?;
+
+    let ended = Running::start(disk.slows(&command))?.end()?.expect(0)?;
+    let manifest = ended.complete(lab)?;
+    let (bytes, took) = (manifest["snapshot"]["stream_bytes"].as_u64(), ended.took);
+    println!("         not slow: whole, {bytes:?} bytes, in {took:?}");
+    assert!(bytes > Some(QUEUE * 3 / 2), "void: {bytes:?} bytes do not fill the queue");
+    assert_eq!(manifest["store"], "disk");
+    drop(disk);
+    subject.assert_clean()?;
+    subject.guest.finish()
+}
+
+/// The guest stood for us, and the record says what became of it.
+fn assert_broken_off(
+    subject: &Subject<'_>,
+    ended: &Ended,
+    out: &Path,
+    stalls: Stalls,
+) -> Result<()> {
+    assert!(stalls.longest > BUDGET / 2, "void: nobody waited for the disk: {stalls:?}");
+    assert_eq!((ended.status.code(), subject.judge(out, ended)?), (Some(1), Left::Partial));
+    let reason = ended.partial(subject.lab, "partial")?;
+    assert!(reason.contains("was not read for"), "{reason}");
+    let (_, manifest) = ended.exhibit()?;
+    let snapshot = &manifest["snapshot"];
+    assert_eq!((&manifest["class"], &snapshot["restored"]), (&json!("none"), &json!(true)));
+    let wait = Duration::from_nanos(ns(&snapshot["longest_wait_ns"])?);
+    let kept = manifest["states"]["data"].as_u64();
+    println!("         unread for {wait:?}, {kept:?} bytes are kept");
+    assert!(wait >= BUDGET * 9 / 10, "{snapshot}");
+    // What had come is there, though the disk had not taken it yet.
+    assert!(kept > Some(QUEUE * 3 / 4), "{kept:?} bytes are kept of a full queue");
+    Ok(())
+}
+
+/// What fits the queue comes at once, and then neither QEMU nor the guest has a part in how long the disk
+/// takes: more than two minutes here, after which a QEMU that sent nothing would be given up.
+fn a_disk_has_all_the_time_that_it_needs(lab: &Lab) -> Result<()> {
+    lab.only_when_full()?;
+    let mut subject = Subject::boot(lab, Ring::wide(64), Version::V10_0)?;
+    let disk = SlowDisk::new(lab, 256)?;
+    let out = disk.dir.join("out");
+    fs::create_dir(&out)?;
+    let mut command = subject.command(&out)?;
+    command.args(["--store", "disk"]);
+    disk.set(Some(SLOW))?;
+    let mut run = Running::start(disk.slows(&command))?;
+    let status = await_stream_end(&mut subject, &mut run)?;
+    let came = Instant::now();
+    subject.await_as_found(RESTORED)?;
+    while run.runs()? {
+        assert!(came.elapsed() < Duration::from_secs(400), "it does not end");
+        sleep(Duration::from_millis(100));
+    }
+    let took = came.elapsed();
+    disk.set(None)?;
+    let ended = run.end()?;
+    println!("         {status}, and then {took:?} for the disk: {}", ended.status);
+    let manifest = ended.expect(0)?.complete(lab)?;
+    assert!(took > Duration::from_secs(130), "void: the disk was as quick as that");
+    let wait = ns(&manifest["snapshot"]["longest_wait_ns"])?;
+    assert!(Duration::from_nanos(wait) <= BUDGET, "{}", manifest["snapshot"]);
+    drop(disk);
     subject.assert_clean()?;
     subject.guest.finish()
 }
