@@ -35,6 +35,7 @@ mod qmp;
 mod ring;
 pub mod runner;
 mod serial;
+pub mod session;
 pub mod setup;
 pub mod tear;
 pub mod tearbench;

@@ -14,6 +14,7 @@ mod managers;
 mod outer;
 mod pmemsave;
 mod run;
+mod session;
 mod snapshot;
 mod tear;
 mod tearbench;
@@ -41,6 +42,7 @@ pub(crate) fn all() -> Vec<Test> {
         pmemsave::TESTS,
         libvirt::TESTS,
         managers::TESTS,
+        session::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,
