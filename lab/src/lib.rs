@@ -37,6 +37,7 @@ pub mod runner;
 mod serial;
 pub mod session;
 pub mod setup;
+pub mod slicebench;
 pub mod tear;
 pub mod tearbench;
 pub mod tearcheck;
