@@ -47,11 +47,35 @@ fn start(program: &str) -> Result<Child> {
     command.spawn().doing(format_args!("starting {program}"))
 }
 
-/// `virsh ARGS` on the host's daemon: what it printed.
-fn virsh(args: &[&str]) -> Result<String> {
-    let mut command = Command::new("virsh");
-    command.args(["-q", "-c", "qemu:///system"]).args(args);
-    Ok(finish(command, PATIENCE)?.expect_code(0)?.stdout)
+/// How `virsh` is started on one daemon: its own words but the command.
+#[derive(Debug, Clone)]
+pub(crate) struct Virsh(pub(crate) Vec<String>);
+
+impl Virsh {
+    /// On the host's daemon.
+    fn system() -> Self {
+        Self(["virsh", "-q", "-c", "qemu:///system"].map(String::from).to_vec())
+    }
+
+    /// `virsh ARGS`: what it printed.
+    pub(crate) fn run(&self, args: &[&str]) -> Result<String> {
+        let (program, words) = self.0.split_first().ok_or_else(|| failed("no virsh"))?;
+        let mut command = Command::new(program);
+        command.args(words).args(args);
+        Ok(finish(command, PATIENCE)?.expect_code(0)?.stdout)
+    }
+
+    /// Waits until the daemon answers.
+    pub(crate) fn wait(&self) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.run(&["list"]) {
+                Ok(_) => return Ok(()),
+                Err(e) if Instant::now() > until => return Err(e),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
 }
 
 impl Libvirtd {
@@ -65,19 +89,8 @@ impl Libvirtd {
         }
         let logs = start("/usr/sbin/virtlogd")?;
         let libvirtd = Self { daemon: start("/usr/sbin/libvirtd")?, logs };
-        libvirtd.wait()?;
+        Virsh::system().wait()?;
         Ok(libvirtd)
-    }
-
-    fn wait(&self) -> Result<()> {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            match virsh(&["list"]) {
-                Ok(_) => return Ok(()),
-                Err(e) if Instant::now() > until => return Err(e),
-                Err(_) => std::thread::sleep(Duration::from_millis(50)),
-            }
-        }
     }
 
     /// Whether it is the one that was started, and lives.
@@ -90,12 +103,12 @@ impl Libvirtd {
         self.daemon.kill().and_then(|()| self.daemon.wait()).doing("killing libvirtd")?;
         std::thread::sleep(pause);
         self.daemon = start("/usr/sbin/libvirtd")?;
-        self.wait()
+        Virsh::system().wait()
     }
 
     /// A Linux domain, in `dir`, that runs once its init listens.
     pub fn domain(&self, kit: &Kit, dir: &Path, name: &str, version: Version) -> Result<Domain> {
-        Domain::create(kit, dir, name, version)
+        Domain::create(kit, Virsh::system(), dir, name, version)
     }
 }
 
@@ -123,6 +136,7 @@ pub struct Domain {
     pub pid: u32,
     /// A monitor beside libvirt's.
     pub second_monitor: PathBuf,
+    virsh: Virsh,
     capabilities: Value,
     console: PathBuf,
 }
@@ -133,7 +147,14 @@ fn escaped(text: &str) -> String {
 }
 
 impl Domain {
-    fn create(kit: &Kit, dir: &Path, name: &str, version: Version) -> Result<Self> {
+    /// Has `virsh`'s daemon make one.
+    pub(crate) fn create(
+        kit: &Kit,
+        virsh: Virsh,
+        dir: &Path,
+        name: &str,
+        version: Version,
+    ) -> Result<Self> {
         let at = |file: &str| dir.join(file);
         // libvirt gives what a domain uses to QEMU's user.
         fs::copy(kit.kernel(), at("vmlinuz"))?;
@@ -169,12 +190,14 @@ impl Domain {
             second.display(),
         );
         fs::write(at("domain.xml"), xml)?;
-        virsh(&["create", &at("domain.xml").display().to_string()]).doing("creating a domain")?;
+        let xml = at("domain.xml").display().to_string();
+        virsh.run(&["create", &xml]).doing("creating a domain")?;
         let mut domain = Self {
             name: name.to_owned(),
             uuid,
             pid: 0,
             second_monitor: second,
+            virsh,
             capabilities: Value::Null,
             console,
         };
@@ -194,13 +217,13 @@ impl Domain {
 
     /// `virsh COMMAND DOMAIN`.
     pub fn virsh(&self, command: &str) -> Result<String> {
-        virsh(&[command, &self.uuid])
+        self.virsh.run(&[command, &self.uuid])
     }
 
     /// A QMP command without arguments through libvirt: what QEMU returns.
     pub fn qmp(&self, command: &str) -> Result<Value> {
         let line = json!({ "execute": command }).to_string();
-        let said = virsh(&["qemu-monitor-command", &self.uuid, &line])?;
+        let said = self.virsh.run(&["qemu-monitor-command", &self.uuid, &line])?;
         let answer: Value = serde_json::from_str(said.trim()).doing(format_args!("{said:?}"))?;
         match answer.get("return") {
             Some(value) => Ok(value.clone()),
@@ -233,7 +256,7 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        let _ = virsh(&["destroy", &self.uuid]);
+        let _ = self.virsh.run(&["destroy", &self.uuid]);
     }
 }
 

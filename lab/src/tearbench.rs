@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::error::{Doing, Result, failed};
 use crate::guest::Guest;
 use crate::program;
-use crate::tearcheck::{Offset, RunId, beat_in};
+use crate::tearcheck::{Entry, Offset, RunId, beat_in};
 use crate::tearpage;
 
 /// Longest wait for the program to be ready: it writes all its memory under TCG.
@@ -45,6 +45,18 @@ impl Default for Options {
     fn default() -> Self {
         Self { mib: 128, spread: 128, ledger: 1 << 16, ledger_pages: 32, rate: 0, thp: false }
     }
+}
+
+/// Bytes of a gap in the log of gaps.
+const GAP: usize = 32;
+
+/// A time in which the guest's program did not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// The guest's TSC before it.
+    pub tsc: u64,
+    /// How long it was, by the guest's TSC.
+    pub length: Duration,
 }
 
 /// The program, running in a guest.
@@ -107,7 +119,7 @@ impl Tearbench {
                 return Err(failed("the guest's clock stands still"));
             }
             let before = now_ns()?;
-            let Some((beat, realtime_ns)) = self.beat()? else { continue };
+            let Some((beat, Entry { realtime_ns, .. })) = self.beat()? else { continue };
             let after = now_ns()?;
             match older {
                 Some((seen, at)) if beat >= seen + 2 => {
@@ -126,16 +138,52 @@ impl Tearbench {
         Ok(Offset { low_ns, high_ns })
     }
 
-    /// Number and CLOCK_REALTIME of the heartbeat that stands there. Two looks with the same bytes:
+    /// The guest's TSC, as the heartbeat shows it.
+    pub fn tsc(&self) -> Result<u64> {
+        let begun = Instant::now();
+        while begun.elapsed() < STANDING {
+            if let Some((_, entry)) = self.beat()? {
+                return Ok(entry.tsc);
+            }
+        }
+        Err(failed("no heartbeat is whole"))
+    }
+
+    /// The last times that the first thread did not run for more than a millisecond, as it noted them:
+    /// whoever wants all looks again before [`GAP_LOG`] more can have come.
+    ///
+    /// [`GAP_LOG`]: tearpage::GAP_LOG
+    pub fn gaps(&self) -> Result<Vec<Gap>> {
+        let khz = self.armed["tsc_khz"].as_u64().filter(|khz| *khz > 0);
+        let khz = khz.ok_or_else(|| failed("no TSC"))?;
+        let mut looks = [[0; tearpage::GAP_LOG * GAP]; 2];
+        let (memory, hva) = &self.heartbeat;
+        let at = hva - u64::try_from(tearpage::BEAT_AT)? + u64::try_from(tearpage::GAP_LOG_AT)?;
+        for look in &mut looks {
+            memory.read_exact_at(look, at).doing("reading the gaps that the guest noted")?;
+        }
+        let [first, second] = &looks;
+        // One that is just being written differs.
+        let whole = first.chunks_exact(GAP).zip(second.chunks_exact(GAP)).filter(|(a, b)| a == b);
+        let gaps = whole.filter_map(|(gap, _)| {
+            let (tsc, rest) = gap.split_first_chunk()?;
+            let (ticks, _) = rest.split_first_chunk()?;
+            let (tsc, ticks) = (u64::from_le_bytes(*tsc), u64::from_le_bytes(*ticks));
+            (tsc > 0).then(|| Gap { tsc, length: Duration::from_micros(ticks * 1000 / khz) })
+        });
+        Ok(gaps.collect())
+    }
+
+    /// Number and clocks of the heartbeat that stands there. Two looks with the same bytes:
     /// between them it was whole.
-    fn beat(&self) -> Result<Option<(u64, i64)>> {
+    fn beat(&self) -> Result<Option<(u64, Entry)>> {
         let mut looks = [[0; tearpage::BEAT]; 2];
         let (memory, hva) = &self.heartbeat;
         for look in &mut looks {
             memory.read_exact_at(look, *hva).doing("reading the guest's heartbeat")?;
         }
         let beat = beat_in(&looks[0]).filter(|_| looks[0] == looks[1]);
-        Ok(beat.map(|(number, _, entry)| (number, entry.realtime_ns)))
+        Ok(beat.map(|(number, _, entry)| (number, entry)))
     }
 }
 

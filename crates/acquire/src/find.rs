@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 /// A running VM, as its process shows it.
@@ -246,6 +246,34 @@ fn root_of(pid: u32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/root"))
 }
 
+/// Links that are followed at most on one path, as the kernel does.
+const MAX_LINKS: u32 = 40;
+
+/// Where `path` lies, as who has `root` as `/` means it. The links on it are followed here: the kernel
+/// would follow one that begins at `/`, as `/var/run` does on most hosts, into our own files.
+fn within(root: &Path, path: &Path) -> PathBuf {
+    let (mut at, mut left, mut links) = (root.to_owned(), path.to_owned(), 0);
+    loop {
+        let mut parts = left.components();
+        let Some(part) = parts.next() else { return at };
+        let mut rest = parts.as_path().to_owned();
+        match part {
+            Component::RootDir => root.clone_into(&mut at),
+            Component::ParentDir if at != root => drop(at.pop()),
+            Component::Normal(name) => {
+                at.push(name);
+                if let Some(to) = std::fs::read_link(&at).ok().filter(|_| links < MAX_LINKS) {
+                    links += 1;
+                    at.pop();
+                    rest = to.join(rest);
+                }
+            }
+            Component::ParentDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+        left = rest;
+    }
+}
+
 /// The process behind a socket is who the kernel says it is, not who a command line claims.
 fn by_socket(path: &Path) -> Result<Target, FindError> {
     let pid = qemu::qmp::peer_of(path, SOCKET)
@@ -333,8 +361,34 @@ fn seen_from_here(process: &Process, path: PathBuf) -> PathBuf {
     if !process.has_own_mounts() {
         return path;
     }
-    let its = root_of(process.pid()).join(path.strip_prefix("/").unwrap_or(&path));
+    let its = within(&root_of(process.pid()), &path);
     let file = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
     // libvirt's QEMUs have mounts of their own, in which nearly all is the host's.
     if file(&path).is_some() && file(&path) == file(&its) { path } else { its }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn links_of_a_container_stay_in_it() {
+        let top = tempfile::tempdir().unwrap();
+        let root = top.path();
+        std::fs::create_dir_all(root.join("run/libvirt")).unwrap();
+        std::fs::create_dir(root.join("var")).unwrap();
+        symlink("/run", root.join("var/run")).unwrap();
+        symlink("../../../run", root.join("var/up")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        let seen = |path: &str| within(root, Path::new(path));
+        let socket = root.join("run/libvirt/sock");
+        for path in
+            ["/run/libvirt/sock", "/var/run/libvirt/sock", "/var/up/./libvirt/../libvirt/sock"]
+        {
+            assert_eq!(seen(path), socket, "{path}");
+        }
+        assert_eq!(seen("/loop/sock"), root.join("loop/sock"));
+        assert_eq!(seen("/.."), root);
+    }
 }

@@ -507,7 +507,7 @@ impl Run {
             if slices.over_budget > 0 {
                 self.warnings.push(format!(
                     "QEMU took longer than the stall budget for {} of {} slices, {} ms at most: they \
-                     were made smaller, {} bytes in the end",
+                     were made smaller, and greater again where they took little: {} bytes in the end",
                     slices.over_budget,
                     slices.count,
                     slices.longest_ns.div_ceil(1_000_000),

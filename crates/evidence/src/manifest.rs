@@ -411,7 +411,8 @@ pub struct Slices {
     pub bytes: u64,
     /// The most bytes that one had, at first.
     pub slice_bytes: u64,
-    /// And in the end: half as many after each one that took longer than the stall budget.
+    /// And in the end: half as many after each one that took longer than the stall budget, twice as many
+    /// after some that took little.
     pub last_bytes: u64,
     /// How long the longest took, in nanoseconds, from the question to QEMU to its answer: the guest
     /// waited no longer.

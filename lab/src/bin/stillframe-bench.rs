@@ -2,12 +2,14 @@
 //! `dump-guest-memory` on the same idle guest in the same run, against what the host allows, and the
 //! tool's memory beside its store. QEMU's dump has the guest stopped from its first to its last byte.
 //!
-//! `stillframe-bench OUT.json [RUNS]`; `STILLFRAME_TOOL` names the tool. Times are of whole
-//! processes or commands; only ratios within one run mean anything.
+//! And what a guest feels of `pmemsave` against the size of its slices (lab/src/slicebench.rs).
+//!
+//! `stillframe-bench OUT.json [RUNS [slices]]`; `slices` measures these alone. `STILLFRAME_TOOL` names
+//! the tool. Times are of whole processes or commands; only ratios within one run mean anything.
 #![forbid(unsafe_code)]
 
 use lab::bare::Bare;
-use lab::{Lab, Result, Version, failed};
+use lab::{Lab, Result, Version, failed, slicebench};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -31,9 +33,15 @@ fn run() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let out = PathBuf::from(args.next().ok_or_else(|| failed("say where the figures go"))?);
     let runs: u32 = args.next().and_then(|n| n.parse().ok()).unwrap_or(5);
+    let only_slices = match args.next().as_deref() {
+        None => false,
+        Some("slices") => true,
+        Some(other) => return Err(failed(format_args!("not a part of the bench: {other:?}"))),
+    };
     let lab = Lab::open()?;
     let mut rows = Vec::new();
-    for run in 0..runs {
+    let of_methods = if only_slices { 0 } else { runs };
+    for run in 0..of_methods {
         // A new one each time: QEMU's own commands leave zero pages where holes were.
         let mut guest =
             lab.guest().version(Version::V10_0).memory_mib(GUEST_MIB).name("bench").boot()?;
@@ -54,18 +62,28 @@ fn run() -> Result<()> {
         rows.push(row);
         guest.finish()?;
     }
-    let qemu = lab.kit.qemu_version(Version::V10_0)?;
-    let result = json!({
-        "guest_mib": GUEST_MIB, "noise_mib": NOISE_MIB, "qemu": qemu, "runs": rows,
+    let load = std::fs::read_to_string("/proc/loadavg")?;
+    let slices = slicebench::measure(&lab, runs)?;
+    let mut result = json!({
+        "qemu": lab.kit.qemu_version(Version::V10_0)?,
         "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
         "cpu": cpu_model()?, "cpus": std::thread::available_parallelism()?.get(),
-        "medians": medians(&rows),
+        "slices": slices, "load_before_slices": load.trim(),
     });
+    if !only_slices {
+        result["guest_mib"] = json!(GUEST_MIB);
+        result["noise_mib"] = json!(NOISE_MIB);
+        result["medians"] = medians(&rows);
+        result["runs"] = json!(rows);
+    }
     std::fs::write(
         &out,
         format!("{}\n", serde_json::to_string_pretty(&result).unwrap_or_default()),
     )?;
-    print_table(&result["medians"]);
+    if !only_slices {
+        print_table(&result["medians"]);
+    }
+    slicebench::print_table(&result["slices"]);
     Ok(())
 }
 

@@ -16,6 +16,7 @@ mod outer;
 mod pmemsave;
 mod rights;
 mod run;
+mod session;
 mod snapshot;
 mod tear;
 mod tearbench;
@@ -45,6 +46,7 @@ pub(crate) fn all() -> Vec<Test> {
         rights::TESTS,
         libvirt::TESTS,
         managers::TESTS,
+        session::TESTS,
         holds::TESTS,
         outer::TESTS,
         live::OUTER,

@@ -2,7 +2,7 @@
 //! monitor.
 
 use host::Process;
-use qemu::libvirt::{Domain, Libvirt, SESSION, SYSTEM};
+use qemu::libvirt::{Domain, Libvirt, LibvirtError, Procedure, SESSION, SYSTEM};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -71,14 +71,13 @@ impl Domains {
     /// Those that libvirts list whose sockets `process` sees; their paths are seen from `root`.
     pub(super) fn seen_by(process: &Process, root: &Path) -> Self {
         let mut domains = Self::default();
-        let at = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
+        let at = |path: &Path| super::within(root, path);
         let mut listeners = process.unix_listeners().unwrap_or_default();
         // Who shares the network without the mounts has his socket somewhere else.
         listeners.retain(|path| at(path).exists());
         for (list, socket) in choose(&listeners) {
-            let uri = uri(&socket);
-            match listed(&at(&list), uri) {
-                Ok(found) => domains.add(&at(&socket), uri, found),
+            match listed(&at(&list), uris(&socket)) {
+                Ok((uri, found)) => domains.add(&at(&socket), uri, found),
                 Err(error) => domains.silent.push(crate::told(&error)),
             }
         }
@@ -109,14 +108,34 @@ impl Domains {
     }
 }
 
-fn listed(socket: &Path, uri: &str) -> Result<Vec<Domain>, qemu::libvirt::LibvirtError> {
-    Libvirt::connect_to_look(socket, uri, LIST)?.domains(LIST)
+/// The domains that a libvirt lists, and which of the names it goes by: it refuses the other one.
+fn listed(
+    socket: &Path,
+    uris: [&'static str; 2],
+) -> Result<(&'static str, Vec<Domain>), LibvirtError> {
+    let [likely, other] = uris;
+    let open = |uri| Libvirt::connect_to_look(socket, uri, LIST).map(|libvirt| (uri, libvirt));
+    let (uri, mut libvirt) = match open(likely) {
+        Err(refusal @ LibvirtError::Refused { doing, .. })
+            if doing == Procedure::ConnectOpen.word() =>
+        {
+            // Both refused, the first says why.
+            open(other).map_err(|_| refusal)?
+        }
+        opened => opened?,
+    };
+    Ok((uri, libvirt.domains(LIST)?))
 }
 
-/// The host's daemon has its sockets in one place, those of sessions are in the users'.
-fn uri(socket: &Path) -> &'static str {
+/// What is opened at a socket, the likelier first. The host's daemon has its sockets in one place, those
+/// of sessions are in the users'. But a user's in a container may be where the host's would be: KubeVirt
+/// has `/var/run` as its XDG_RUNTIME_DIR.
+fn uris(socket: &Path) -> [&'static str; 2] {
     let system = ["/run/libvirt", "/var/run/libvirt"].map(Path::new);
-    if system.iter().any(|dir| socket.parent() == Some(dir)) { SYSTEM } else { SESSION }
+    match system.iter().any(|dir| socket.parent() == Some(dir)) {
+        true => [SYSTEM, SESSION],
+        false => [SESSION, SYSTEM],
+    }
 }
 
 /// Of sockets that somebody listens on, libvirt's: for each the one to list by, which only reads where
@@ -164,8 +183,9 @@ mod tests {
                 ("/run/libvirt/libvirt-sock-ro", "/run/libvirt/libvirt-sock"),
             ]
         );
-        assert_eq!(uri(Path::new("/run/libvirt/libvirt-sock")), SYSTEM);
-        assert_eq!(uri(Path::new("/run/user/7/libvirt/virtqemud-sock")), SESSION);
+        let first = |path| uris(Path::new(path))[0];
+        assert_eq!(first("/run/libvirt/libvirt-sock"), SYSTEM);
+        assert_eq!(first("/run/user/7/libvirt/virtqemud-sock"), SESSION);
     }
 
     #[test]

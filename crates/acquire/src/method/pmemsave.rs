@@ -144,7 +144,7 @@ pub fn pmemsave(
         budget_ns: planned.at_most_ns,
         ..Slices::default()
     };
-    let slicer = Mutex::new(Slicer { way, figures });
+    let slicer = Mutex::new(Slicer { way, figures, quick: 0 });
     // One after the other, as QEMU copies them.
     let mut scratches = Scratch::for_workers(1);
     let end = work.pass(1, None, passes, cells, &mut scratches, |cell, scratch| {
@@ -152,7 +152,7 @@ pub fn pmemsave(
         let mut slicer = slicer.lock().unwrap_or_else(PoisonError::into_inner);
         block(work, &mut slicer, cell, scratch)
     });
-    let Slicer { way, figures } = slicer.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let Slicer { way, figures, .. } = slicer.into_inner().unwrap_or_else(PoisonError::into_inner);
     let ended = match way {
         Way::File { guardian, .. } => guardian.end_slices(),
         Way::Libvirt { .. } => Ok(()),
@@ -352,6 +352,38 @@ const PEEK: Duration = Duration::from_secs(10);
 struct Slicer<'a> {
     way: Way<'a>,
     figures: Slices,
+    /// How many of the last ones were [`QUICK`].
+    quick: u32,
+}
+
+/// So many slices in a row that each took less than this part of the budget make the next ones twice as
+/// long. A small one costs nearly as much as a great one: on a host that was busy for a moment, a copy of
+/// 160 MiB that only went down to pages took minutes.
+const QUICK: (u32, u64) = (8, 4);
+
+/// Notes a slice that took so long, of which `quick` before it in a row were so, and says how long the
+/// next may be.
+fn note(figures: &mut Slices, quick: &mut u32, bytes: u64, took_ns: u64) {
+    let (in_a_row, part) = QUICK;
+    figures.count += 1;
+    figures.bytes += bytes;
+    figures.total_ns = figures.total_ns.saturating_add(took_ns);
+    figures.longest_ns = figures.longest_ns.max(took_ns);
+    // A short one, at the end of a run of pages, says nothing of longer ones.
+    let whole = bytes == figures.last_bytes;
+    if took_ns > figures.budget_ns {
+        *quick = 0;
+        figures.over_budget += 1;
+        figures.last_bytes = (figures.last_bytes / 2 / PAGE * PAGE).max(PAGE);
+    } else if took_ns >= figures.budget_ns / part {
+        *quick = 0;
+    } else if whole {
+        *quick += 1;
+        if *quick >= in_a_row {
+            *quick = 0;
+            figures.last_bytes = (figures.last_bytes.saturating_mul(2)).min(figures.slice_bytes);
+        }
+    }
 }
 
 impl Slicer<'_> {
@@ -379,15 +411,7 @@ impl Slicer<'_> {
 
     fn slice(&mut self, at: GuestRange, buf: &mut [u8]) -> Result<(), SliceError> {
         let took_ns = self.way.slice(at, buf)?;
-        let figures = &mut self.figures;
-        figures.count += 1;
-        figures.bytes += at.len();
-        figures.total_ns = figures.total_ns.saturating_add(took_ns);
-        figures.longest_ns = figures.longest_ns.max(took_ns);
-        if took_ns > figures.budget_ns {
-            figures.over_budget += 1;
-            figures.last_bytes = (figures.last_bytes / 2 / PAGE * PAGE).max(PAGE);
-        }
+        note(&mut self.figures, &mut self.quick, at.len(), took_ns);
         Ok(())
     }
 }
@@ -395,6 +419,32 @@ impl Slicer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slices_become_smaller_and_greater_again() {
+        let mut figures = Slices {
+            slice_bytes: 5 * PAGE,
+            last_bytes: 5 * PAGE,
+            budget_ns: 100,
+            ..Slices::default()
+        };
+        let mut quick = 0;
+        let mut next = |bytes, took_ns| {
+            note(&mut figures, &mut quick, bytes, took_ns);
+            figures.last_bytes / PAGE
+        };
+        let long = [(5, 101), (2, 101), (1, 101)];
+        assert_eq!(long.map(|(pages, took)| next(pages * PAGE, took)), [2, 1, 1]);
+        // Neither those that took more, nor those that were cut short; one that took more begins anew.
+        assert_eq!([(); 20].map(|()| next(PAGE, 25)), [1; 20]);
+        assert_eq!([(); 7].map(|()| next(PAGE, 24)), [1; 7]);
+        assert_eq!([25, 24, 24, 24, 24, 24, 24, 24, 24].map(|took| next(PAGE, took))[7..], [1, 2]);
+        assert_eq!([(); 20].map(|()| next(PAGE, 1)), [2; 20]);
+        assert_eq!([(); 8].map(|()| next(2 * PAGE, 1))[7], 4);
+        assert_eq!([(); 8].map(|()| next(4 * PAGE, 1))[7], 5);
+        assert_eq!([(); 8].map(|()| next(5 * PAGE, 1))[7], 5);
+        assert_eq!((figures.count, figures.over_budget, figures.longest_ns), (83, 3, 101));
+    }
 
     #[test]
     fn pages_that_came_as_zeros_are_looked_at_again() {
