@@ -327,6 +327,9 @@ pub struct Plan {
     pub registers_ns: Option<u64>,
     /// Bytes that the exhibit may need on disk.
     pub output_bytes: u64,
+    /// The rights that the method needs beside QEMU's monitor.
+    #[serde(default)]
+    pub rights: String,
     /// What the run changes on the host or in QEMU.
     pub changes: Vec<String>,
     /// What the operator should know.
@@ -409,6 +412,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         dump,
         registers_ns,
         output_bytes,
+        rights: rights(method).to_owned(),
         changes: changes(facts, store, way, registers_ns.is_some()),
         warnings: warnings(facts, hold, snapshot),
     })
@@ -516,19 +520,33 @@ fn way(facts: &Facts, wish: &Wish, method: Method, margin: u32) -> Result<Way, R
     Ok(way)
 }
 
-/// The rights that a method needs on QEMU's process. `dump` and `pmemsave` need none: what they read,
-/// QEMU gives them.
+/// The rights that a method needs beside QEMU's monitor.
+fn rights(method: Method) -> &'static str {
+    match method {
+        Method::Live => "the right to read QEMU's process (as a tracer)",
+        Method::Freeze => {
+            "the right to read QEMU's process and to stop its threads (as a tracer), and to lock memory"
+        }
+        Method::Track => {
+            "the right to read QEMU's process and to stop its threads (as a tracer), CAP_SYS_ADMIN for frame \
+             numbers, and to lock memory"
+        }
+        Method::Snapshot => {
+            "the right to look at QEMU's process (as a tracer); QEMU needs userfaultfd"
+        }
+        Method::Dump | Method::Pmemsave => {
+            "no right on QEMU's process; with that to read it (as a tracer), what QEMU gives is checked"
+        }
+    }
+}
+
+/// `dump` and `pmemsave` need no right on QEMU's process: what they read, QEMU gives them.
 fn refuse_unseen(facts: &Facts, method: Method) -> Result<(), Refusal> {
     let Some(why) = &facts.unseen else { return Ok(()) };
-    let needs = match method {
-        Method::Live => "reads QEMU's process",
-        Method::Freeze => "reads QEMU's process, and stops its threads unless --hold stop",
-        Method::Track => "reads QEMU's process, stops its threads, and needs CAP_SYS_ADMIN",
-        _ => "looks at QEMU's page tables before and meanwhile",
-    };
     let reason = format!(
-        "{} {needs}, which this user may not ({why}): run as root, or with CAP_SYS_PTRACE",
-        method.word()
+        "{} needs {}, which this user has not ({why}): run as root, or with CAP_SYS_PTRACE",
+        method.word(),
+        rights(method)
     );
     Err(Refusal::new(reason, &["run as root", "--method dump", "--method pmemsave"]))
 }
@@ -1602,5 +1620,72 @@ mod tests {
         let swapped = Facts { swapped_bytes: (8 << 30) + 1, ..facts() };
         refused(&swapped, &live(), "swapped");
         assert!(choose(&swapped, &Wish { swap_in: true, ..live() }).is_ok());
+    }
+
+    #[test]
+    fn a_dump_stands_within_the_budget_or_not_at_all() {
+        let wish = |budget| Wish {
+            method: Some(Method::Dump),
+            stall_budget: Duration::from_secs(budget),
+            ..Wish::default()
+        };
+        let plan = choose(&facts(), &wish(6)).unwrap();
+        let dump = plan.dump.unwrap();
+        assert_eq!(dump.expected_ns, nanos(STOP_ONCE) + 4 * DUMP_A_GIB_NS);
+        assert_eq!((dump.at_most_ns, plan.class), (6_000_000_000, Class::Instantaneous));
+        assert_eq!((plan.store, plan.hold), (StoreKind::Ram, None));
+        let refused = choose(&facts(), &wish(4)).unwrap_err();
+        assert!(refused.remedies[0].starts_with("--stall-budget "), "{:?}", refused.remedies);
+        // A guest that stands anyway feels nothing.
+        let paused = Facts { run_state: "paused".into(), ..facts() };
+        assert!(choose(&paused, &wish(0)).is_ok());
+        for refused in [
+            Facts { through_libvirt: true, ..facts() },
+            Facts { shared_monitor: true, ..facts() },
+            Facts { dump_unfit: Some("odd".into()), ..facts() },
+            Facts { ram_limit_bytes: 1 << 30, ..facts() },
+            Facts {
+                snapshot: SnapshotFacts { shared_hole_bytes: 9 << 30, ..SnapshotFacts::default() },
+                ..facts()
+            },
+        ] {
+            assert!(choose(&refused, &wish(60)).is_err(), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn registers_are_refused_where_a_dump_is() {
+        let wish = Wish { method: Some(Method::Live), registers: true, ..Wish::default() };
+        let plan = choose(&facts(), &wish).unwrap();
+        assert_eq!(plan.registers_ns, Some(nanos(wish.stall_budget)));
+        assert!(plan.changes.iter().any(|text| text.contains("broken off behind the registers")));
+        let domain = Facts { through_libvirt: true, ..facts() };
+        assert!(choose(&domain, &wish).unwrap_err().reason.starts_with("no registers"));
+    }
+
+    #[test]
+    fn who_may_not_look_is_offered_what_qemu_gives() {
+        let unseen = Facts {
+            unseen: Some("permission denied".into()),
+            hold: HoldFacts { speed: None, ..facts().hold },
+            ..facts()
+        };
+        let by = |method| choose(&unseen, &Wish { method, ..budget(60) });
+        for method in [Method::Live, Method::Freeze, Method::Track, Method::Snapshot] {
+            let refusal = by(Some(method)).unwrap_err();
+            assert!(refusal.reason.contains("this user has not"), "{}", refusal.reason);
+            assert!(refusal.remedies.iter().any(|text| text == "--method dump"));
+        }
+        for method in [Method::Dump, Method::Pmemsave] {
+            let plan = by(Some(method)).unwrap();
+            assert!(plan.warnings[0].contains("may not be looked at"), "{:?}", plan.warnings);
+        }
+        assert!(by(None).is_err(), "one instant is never quietly given up");
+        let any = Wish { consistency: Consistency::Any, ..budget(60) };
+        assert_eq!(choose(&unseen, &any).unwrap().method, Method::Pmemsave);
+    }
+
+    fn budget(seconds: u64) -> Wish {
+        Wish { stall_budget: Duration::from_secs(seconds), ..Wish::default() }
     }
 }

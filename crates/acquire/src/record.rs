@@ -504,7 +504,7 @@ pub fn snapshot_change(snapshot: &manifest::Snapshot) -> Change {
 /// What may have been done where no snapshot began.
 pub fn no_snapshot_change() -> Change {
     let what = "QEMU was perhaps told to take a background snapshot, and its settings of migration were \
-                put back: the journal has what was sent";
+                put back, unless this record says otherwise: the journal has what was sent";
     for_one_instant(what.to_owned())
 }
 

@@ -266,3 +266,45 @@ fn joined(ranges: &[GuestRange]) -> Vec<GuestRange> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use evidence::{Kind as RegionKind, Region};
+
+    fn region(gpa: u64, len: u64, kind: RegionKind) -> Region {
+        Region {
+            gpa,
+            len,
+            kind,
+            name: "pc.ram".into(),
+            owner: None,
+            block: Some("pc.ram".into()),
+            block_offset: 0,
+            mapping: None,
+            page_size: None,
+            readonly: false,
+        }
+    }
+
+    #[test]
+    fn the_memory_of_a_dump_is_that_of_the_map() {
+        let ram = RegionKind::Ram;
+        let regions = vec![
+            region(0, 0xc0000, ram),
+            region(0xc0000, 0x40000, ram),
+            region(1 << 32, 1 << 20, ram),
+            region(1 << 33, 1 << 20, RegionKind::Nvdimm),
+        ];
+        let map = MemoryMap::new(regions).unwrap();
+        let differs = |dumped: &[(u64, u64)]| map_difference(dumped, &map);
+        let whole = [(0, 1 << 20), (1 << 32, 1 << 20)];
+        assert_eq!(differs(&whole), None);
+        // Cut otherwise, in another order, and with what is in the map and not in the image.
+        let cut = [(1 << 33, 1 << 20), (1 << 32, 1 << 20), (0x1000, 0xff000), (0, 0x1000)];
+        assert_eq!(differs(&cut), None);
+        assert!(differs(&whole[..1]).unwrap().starts_with("the map has"));
+        let more = [whole[0], whole[1], (1 << 34, 0x1000)];
+        assert!(differs(&more).unwrap().starts_with("QEMU's dump has"));
+    }
+}

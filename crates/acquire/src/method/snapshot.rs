@@ -172,12 +172,14 @@ fn record(
     }
 }
 
-/// The stop that was the snapshot's: the last before its first page came. `at` brings a time of
-/// QEMU's to that of the record.
+/// The stop that was the snapshot's: that before its first page came. When others stopped the guest
+/// between the command and that page too, which of them it was cannot be told: then all of them, from the
+/// first stop to the end of the last. `at` brings a time of QEMU's to that of the record.
 fn stop_of(told: &Stops, at: impl Fn(i64) -> Option<u64>, page_ns: u64) -> Option<Span> {
-    let mut stops = told.stops_us.iter().rev().filter_map(|us| at(*us));
-    let t0_ns = stops.find(|ns| *ns <= page_ns)?;
-    let t1_ns = told.resumes_us.iter().filter_map(|us| at(*us)).find(|ns| *ns >= t0_ns)?;
+    let stops = told.stops_us.iter().filter_map(|us| at(*us)).filter(|ns| *ns <= page_ns);
+    let stops: Vec<u64> = stops.collect();
+    let (t0_ns, last_ns) = (*stops.first()?, *stops.last()?);
+    let t1_ns = told.resumes_us.iter().filter_map(|us| at(*us)).find(|ns| *ns >= last_ns)?;
     Some(Span { t0_ns, t1_ns })
 }
 
@@ -227,7 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_stop_is_the_last_before_the_first_page() {
+    fn the_stop_is_before_the_first_page() {
         let end = |stops_us: &[i64], resumes_us: &[i64]| Stops {
             stops_us: stops_us.to_vec(),
             resumes_us: resumes_us.to_vec(),
@@ -235,8 +237,8 @@ mod tests {
         let stop = |told: &Stops| stop_of(told, |us| u64::try_from(us).ok(), 100);
         let span = |t0_ns, t1_ns| Some(Span { t0_ns, t1_ns });
         assert_eq!(stop(&end(&[90], &[110])), span(90, 110));
-        // Others stopped it before, and after.
-        assert_eq!(stop(&end(&[10, 90, 200], &[20, 95, 210])), span(90, 95));
+        // Others stopped it too: before, or before the first page was read, and after.
+        assert_eq!(stop(&end(&[10, 90, 200], &[20, 95, 210])), span(10, 95));
         assert_eq!(stop(&end(&[200], &[210])), None);
         assert_eq!(stop(&end(&[90], &[])), None);
     }

@@ -68,10 +68,10 @@ pub enum StreamError {
         budget: Duration,
     },
     /// QEMU sends nothing.
-    #[error("QEMU sent nothing for {} s", SILENT.as_secs())]
+    #[error("QEMU sent nothing for {} s and more", SILENT.as_secs())]
     Silent,
     /// The disk takes nothing of what QEMU has sent.
-    #[error("nothing of what had come from QEMU was written for {} s", SILENT.as_secs())]
+    #[error("nothing of what had come from QEMU was written for {} s and more", SILENT.as_secs())]
     Unwritten,
     /// It did not end in time.
     #[error("QEMU's stream did not end in time: it was broken off, and the guest goes on")]
@@ -259,7 +259,10 @@ impl<'a> Taking<'a> {
     }
 
     fn wait(&mut self) -> Result<Whole, Cut<PassError>> {
-        let total = self.work.source.places().iter().map(|held| held.place().range.len()).sum();
+        let total: u64 =
+            self.work.source.places().iter().map(|held| held.place().range.len()).sum();
+        // It has the more to look at, the larger the guest is: a GiB a second at the least.
+        let silent = SILENT + Duration::from_secs(total >> 30);
         let (mut heard, mut told_at) = (((0, 0), Instant::now()), Instant::now());
         loop {
             let read = self.reader.wait(LOOK);
@@ -281,7 +284,7 @@ impl<'a> Taking<'a> {
             if now != heard.0 {
                 heard = (now, Instant::now());
             }
-            if heard.1.elapsed() > SILENT {
+            if heard.1.elapsed() > silent {
                 return Err(failed(match self.ends.watch.is_hung_up() {
                     true => StreamError::Unwritten,
                     false => StreamError::Silent,

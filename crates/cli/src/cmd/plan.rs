@@ -109,6 +109,7 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
             size(facts.swapped_bytes)
         ),
         format!("store    {}: {}", plan.store.word(), plan.store_why),
+        format!("rights   {}", plan.rights),
         format!("output   {} as {}", size(plan.output_bytes), plan.format.extension()),
     ];
     lines.extend(surveyed.probe.iter().map(probed));
