@@ -325,12 +325,15 @@ impl Monitor {
         self.facts().migration().map_err(|error| AskError::Query(told(&error)))
     }
 
-    /// What QEMU says of its last dump.
+    /// What QEMU says of its last dump. Asked many times a second, it stands in no journal.
     ///
     /// # Errors
     /// [`AskError::Query`].
     pub fn dump(&mut self) -> Result<Dump, AskError> {
-        self.facts().dump().map_err(|error| AskError::Query(told(&error)))
+        self.qmp.tell(false);
+        let dump = self.facts().dump();
+        self.qmp.tell(true);
+        dump.map_err(|error| AskError::Query(told(&error)))
     }
 
     /// Which of QEMU's settings of migration are set, and its parameters.

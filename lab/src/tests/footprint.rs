@@ -52,8 +52,14 @@ fn memfd_blocks(pid: u32) -> Result<u64> {
 }
 
 /// The rise from `before` to `after` in percent of `before`.
-pub(super) fn rise(before: u64, after: u64) -> u64 {
+fn rise(before: u64, after: u64) -> u64 {
     (after.saturating_sub(before) * 100).div_ceil(before.max(1))
+}
+
+/// Resident memory of QEMU that has not grown, or by what QEMU takes for its own answers: some 400 KiB,
+/// once, which is one percent of a guest that has touched next to nothing.
+pub(super) fn stays(before: u64, after: u64) -> bool {
+    rise(before, after) <= 1 || after - before < 1 << 20
 }
 
 /// Reads all RAM through the process's mapping, as a careless tool would.
@@ -104,7 +110,7 @@ fn an_untouched_memfd_guest_stays_untouched(lab: &Lab) -> Result<()> {
     for store in STORES {
         take(lab, &guest, &["--store", store])?;
         let after = Held::of(&guest)?;
-        assert!(rise(before.rss, after.rss) <= 1, "{store}: {before:?} {after:?}");
+        assert!(stays(before.rss, after.rss), "{store}: {before:?} {after:?}");
         assert!(rise(before.memfd, after.memfd) <= 1, "{store}: {before:?} {after:?}");
     }
     read_carelessly(&mut guest)?;
@@ -121,7 +127,7 @@ fn an_untouched_anonymous_guest_stays_untouched(lab: &Lab) -> Result<()> {
     for store in STORES {
         take(lab, &guest, &["--store", store])?;
         let after = Held::of(&guest)?;
-        assert!(rise(before.rss, after.rss) <= 1, "{store}: {before:?} {after:?}");
+        assert!(stays(before.rss, after.rss), "{store}: {before:?} {after:?}");
         assert!(after.page_tables <= before.page_tables + (64 << 10), "{before:?} {after:?}");
     }
     read_carelessly(&mut guest)?;
