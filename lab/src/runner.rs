@@ -326,8 +326,8 @@ pub fn run_outer(lab: &Lab, tests: &[Test]) -> Tally {
             }
             Ok(Inside::Stuck(done)) if outer < OUTERS => {
                 println!(
-                    "         a CPU of the outer guest got stuck: it is started again, for what \
-                     failed there or was not run"
+                    "         the outer guest's kernel got stuck or panicked: it is started again, for \
+                     what failed there or was not run"
                 );
                 for (name, outcome) in done.into_iter().filter(|(_, outcome)| outcome.failed == 0) {
                     tally.add(outcome);
@@ -335,7 +335,7 @@ pub fn run_outer(lab: &Lab, tests: &[Test]) -> Tally {
                 }
             }
             Ok(Inside::Stuck(_)) => {
-                let stuck = Err(failed("a CPU of it gets stuck every time"));
+                let stuck = Err(failed("its kernel gets stuck or panics every time"));
                 tally.record("outer guest", &stuck, start.elapsed());
                 return tally;
             }
