@@ -235,14 +235,20 @@ pub fn print_table(measured: &Value) {
         let slice = row["slice_bytes"]
             .as_u64()
             .map_or("none".to_owned(), |bytes| format!("{} KiB", bytes >> 10));
-        let typical = get("median_ms").or(get("mean_ms")).unwrap_or(f64::NAN);
-        let [slices, longest, rate, gaps, gap, worst] =
-            ["slices", "longest_ms", "mb_per_s", "gaps", "longest_gap_ms", "longest_gap_of_all_ms"]
-                .map(|field| get(field).unwrap_or(f64::NAN));
+        // What a way does not have, such as slices of `live`, stays empty.
+        let shown = |value: Option<f64>, places: usize, unit: &str| {
+            value.map_or(String::new(), |value| format!("{value:.places$}{unit}"))
+        };
         println!(
-            "| {slice} | {} | {slices:.0} | {typical:.2} ms | {longest:.1} ms | {rate:.0} | \
-             {gaps:.0} | {gap:.1} ms ({worst:.1} at most) |",
+            "| {slice} | {} | {} | {} | {} | {} | {} | {} ({} at most) |",
             row["way"].as_str().unwrap_or("?"),
+            shown(get("slices"), 0, ""),
+            shown(get("median_ms").or(get("mean_ms")), 2, " ms"),
+            shown(get("longest_ms"), 1, " ms"),
+            shown(get("mb_per_s"), 0, ""),
+            shown(get("gaps"), 0, ""),
+            shown(get("longest_gap_ms"), 1, " ms"),
+            shown(get("longest_gap_of_all_ms"), 1, " ms"),
         );
     }
 }

@@ -160,7 +160,7 @@ pub struct Undone {
 
 /// Whether a VM in this run state runs again by `cont` and by nothing else: one that is reset while
 /// it is stopped waits in `prelaunch`.
-fn is_stopped(run_state: &str) -> bool {
+pub(crate) fn is_stopped(run_state: &str) -> bool {
     matches!(run_state, "paused" | "prelaunch")
 }
 

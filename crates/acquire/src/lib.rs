@@ -56,7 +56,6 @@ use evidence::manifest::{self, BlocksFile, Class, FileRecord, Image, JournalFile
 use evidence::record::Span;
 use evidence::{GuestRange, PageState};
 use serde_json::json;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -367,7 +366,7 @@ impl Run {
         // As near as may be to the instant that the image will show.
         let registers_first = plan.method != Method::Track;
         if registers_first {
-            self.take_registers(plan, looked, guardian, log);
+            self.take_registers(plan, looked, guardian, log, tell);
         }
         let result = match (&plan.hold, &plan.tracking, &plan.snapshot) {
             (Some(held), Some(tracking), _) => self.track(&work, looked, held, tracking, guardian),
@@ -392,7 +391,7 @@ impl Run {
             },
         };
         if !registers_first {
-            self.take_registers(plan, looked, guardian, log);
+            self.take_registers(plan, looked, guardian, log, tell);
         }
         let result = result.and(self.close_store(guarded, samples, log));
         for pass in &self.passes {
@@ -499,8 +498,11 @@ impl Run {
         let (cells, passes) = (&mut self.cells, &mut self.passes);
         let through = looked.target.through.as_ref();
         let sliced = pmemsave::pmemsave(work, planned, through, guardian, cells, passes);
-        let change = sliced.slices.as_ref().map(record::slices_change);
-        self.changes.push(change.unwrap_or_else(record::no_slices_change));
+        let unseen = looked.located.unseen.is_some();
+        self.changes.push(match &sliced.slices {
+            Some(slices) => record::slices_change(slices, unseen),
+            None => record::no_slices_change(unseen),
+        });
         self.warnings.extend(sliced.doubt);
         if let Some(slices) = &sliced.slices {
             work.log.add("slices", slices);
@@ -542,11 +544,10 @@ impl Run {
         guardian: &mut Guardian,
     ) -> Result<Dumped, Cut<PassError>> {
         let reserved = self.top_up(looked, guarded);
-        let (file, into) = destination(looked, guarded, &reserved)?;
+        let into = destination(looked, guarded, &reserved)?;
         let map = &looked.located.map;
         let (cells, passes) = (&mut self.cells, &mut self.passes);
-        let mut dumped =
-            dump::dump(work, map, planned, (&into, file.as_fd()), guardian, cells, passes);
+        let mut dumped = dump::dump(work, map, planned, &into, guardian, cells, passes);
         self.readers_rights.extend(dumped.rights.take());
         self.warnings.append(&mut dumped.doubts);
         self.changes.push(match &dumped.hold {
@@ -564,7 +565,14 @@ impl Run {
     }
 
     /// Has QEMU begin a dump for its head, which has the registers.
-    fn take_registers(&mut self, plan: &Plan, looked: &Looked, guardian: &mut Guardian, log: &Log) {
+    fn take_registers(
+        &mut self,
+        plan: &Plan,
+        looked: &Looked,
+        guardian: &mut Guardian,
+        log: &Log,
+        tell: &dyn Observer,
+    ) {
         let Some(at_most_ns) = plan.registers_ns else { return };
         match stream::dump_head(guardian, Duration::from_nanos(at_most_ns)) {
             Ok(read) => {
@@ -575,7 +583,9 @@ impl Run {
             }
             Err(error) => {
                 self.changes.push(record::no_registers_change());
-                self.warnings.push(format!("the registers could not be taken: {}", told(&error)));
+                let text = format!("the registers could not be taken: {}", told(&error));
+                tell.event(Event::Warning { text: text.clone() });
+                self.warnings.push(text);
             }
         }
     }
@@ -603,11 +613,10 @@ impl Run {
         guardian: &mut Guardian,
     ) -> Result<Shot, Cut<PassError>> {
         let reserved = self.top_up(looked, guarded);
-        let (file, into) = destination(looked, guarded, &reserved)?;
+        let into = destination(looked, guarded, &reserved)?;
         let map = &looked.located.map;
         let (cells, passes) = (&mut self.cells, &mut self.passes);
-        let mut shot =
-            snapshot::snapshot(work, map, planned, (&into, file.as_fd()), guardian, cells, passes);
+        let mut shot = snapshot::snapshot(work, map, planned, &into, guardian, cells, passes);
         self.readers_rights.extend(shot.rights.take());
         let change = match &shot.snapshot {
             Some(snapshot) => record::snapshot_change(snapshot),
@@ -649,19 +658,24 @@ impl Run {
             Cut::Failed(PassError::Stream(StreamError::Make { what, cause }))
         };
         guarded.close_store(&written).map_err(unusable)?;
-        self.shot_audit = samples.audit(&self.cells, guarded.store());
-        if let Some(held) = &mut self.held {
-            held.audit = self.shot_audit.take();
-            self.void_by_audit(log);
-            return Ok(());
-        }
-        match &self.shot_audit {
+        let audit = samples.audit(&self.cells, guarded.store());
+        match &audit {
             Some((audit, span)) => log.add("audit", json!({ "audit": audit, "span": span })),
             None => {
-                let text = "no page was seen protected from outside: QEMU was done sooner";
+                let text =
+                    "no page that nobody could write was read from outside: QEMU was done sooner";
                 self.warnings.push(text.to_owned());
             }
         }
+        // A dump's samples are of its hold.
+        if let Some(held) = &mut self.held {
+            held.audit = audit;
+            let voided = held.void().map(str::to_owned);
+            let new = voided.filter(|text| !self.disturbances.contains(text));
+            self.disturbances.extend(new);
+            return Ok(());
+        }
+        self.shot_audit = audit;
         let differing = self.shot_audit.as_ref().map_or(0, |(audit, _)| audit.differing);
         if differing > 0 {
             self.disturbances.push(format!(
@@ -669,21 +683,6 @@ impl Run {
             ));
         }
         Ok(())
-    }
-
-    /// Pages were read from outside in QEMU's own hold.
-    fn void_by_audit(&mut self, log: &Log) {
-        let Some(held) = &self.held else { return };
-        match &held.audit {
-            Some((audit, span)) => log.add("audit", json!({ "audit": audit, "span": span })),
-            None => {
-                let text = "no page was read from outside in the hold: QEMU was done sooner";
-                self.warnings.push(text.to_owned());
-            }
-        }
-        let voided = held.void().map(str::to_owned);
-        let new = voided.filter(|text| !self.disturbances.contains(text));
-        self.disturbances.extend(new);
     }
 
     /// Keeps what is known of the hold in which the image was taken.
@@ -1062,19 +1061,18 @@ impl Run {
     }
 }
 
-/// Where a stream goes: the store, opened for another process, and where memory lies in it. The
-/// descriptor that it names is the one that comes with it.
+/// Where a stream goes: the store, opened for another process, and where memory lies in it.
 fn destination<'a>(
     looked: &Looked,
     guarded: &'a Guarded,
     reserved: &'a [GuestRange],
-) -> Result<(OwnedFd, Destination<'a>), Cut<PassError>> {
+) -> Result<Destination<'a>, Cut<PassError>> {
     let make =
         |cause| Cut::Failed(PassError::Stream(StreamError::Make { what: "a descriptor", cause }));
     let (file, segments) = guarded.open_store().map_err(make)?;
     let spare = guarded.ram().map(host::RamStore::spare);
     let pluggable = looked.located.pluggable();
-    Ok((file, Destination { segments, reserved, spare, pluggable }))
+    Ok(Destination { file, segments, reserved, spare, pluggable })
 }
 
 /// The rights of every process that took part.

@@ -2,6 +2,7 @@
 
 use crate::copy::Cell;
 use crate::find::Target;
+use crate::guardian::is_stopped;
 use crate::log::Log;
 use crate::method::process::Pass;
 use crate::monitor::VmFacts;
@@ -219,8 +220,7 @@ impl Story<'_> {
     /// The registers; of the instant when the guest stood from then to the end.
     fn registers(&self) -> Option<manifest::Registers> {
         let registers = self.registers.clone()?;
-        let found_standing = |state: &str| state == "paused" || state == "prelaunch";
-        let stood = found_standing(&self.vm.run_state)
+        let stood = is_stopped(&self.vm.run_state)
             && self.run_state_after.as_deref() == Some(self.vm.run_state.as_str())
             && !self.events.iter().any(|name| name == "RESUME" || name == "RESET");
         let own = registers.source == manifest::RegistersSource::Dump;
@@ -549,10 +549,14 @@ pub fn no_registers_change() -> Change {
     }
 }
 
-/// What QEMU's copying changed.
-pub fn slices_change(slices: &manifest::Slices) -> Change {
+/// What QEMU's copying changed; of an `unseen` process it goes by a path.
+pub fn slices_change(slices: &manifest::Slices, unseen: bool) -> Change {
     let ms = slices.longest_ns.div_ceil(1_000_000);
     let by = match slices.by {
+        SliceWay::Pmemsave if unseen => {
+            "QEMU copied the guest's memory with pmemsave into a file of ours in /dev/shm, which it could open \
+             by its path and only we could read, and which was removed"
+        }
         SliceWay::Pmemsave => {
             "QEMU was given a file of ours in memory (getfd), copied the guest's memory into it with \
              pmemsave, and gave it back (closefd)"
@@ -574,13 +578,15 @@ pub fn slices_change(slices: &manifest::Slices) -> Change {
 }
 
 /// What may have been done where QEMU copied nothing.
-pub fn no_slices_change() -> Change {
-    Change {
-        what: "QEMU was perhaps given a file of ours in memory (getfd), and it was taken back (closefd): the \
-               journal has what was sent"
-            .to_owned(),
-        why: "QEMU's own copy was asked for".to_owned(),
-    }
+pub fn no_slices_change(unseen: bool) -> Change {
+    let what = match unseen {
+        true => "a file for QEMU to copy memory into was perhaps made in /dev/shm, and removed",
+        false => {
+            "QEMU was perhaps given a file of ours in memory (getfd), and it was taken back (closefd): the \
+             journal has what was sent"
+        }
+    };
+    Change { what: what.to_owned(), why: "QEMU's own copy was asked for".to_owned() }
 }
 
 /// What following the guest changed.

@@ -434,6 +434,8 @@ pub struct Dump {
     pub status: Option<String>,
     /// QEMU's reason for an end too soon.
     pub error: Option<String>,
+    /// The longest that QEMU's bytes lay unread, in nanoseconds.
+    pub longest_wait_ns: u64,
     /// Bytes of the stream; null when it was not whole, as all below.
     pub stream_bytes: Option<u64>,
     /// Pages with bytes.
@@ -442,8 +444,6 @@ pub struct Dump {
     pub zero_pages: Option<u64>,
     /// Pages of memory that the image does not have, such as NVDIMMs.
     pub other_pages: Option<u64>,
-    /// The longest that QEMU's bytes lay unread, in nanoseconds.
-    pub longest_wait_ns: u64,
 }
 
 /// The vCPUs' registers as QEMU's dump gives them: what it writes before memory, in a file of its own.

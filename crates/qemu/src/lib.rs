@@ -24,7 +24,6 @@ pub mod dump;
 pub mod facts;
 mod frame;
 pub mod gpa2hva;
-pub mod graph;
 pub mod libvirt;
 pub mod mtree;
 pub mod owner;

@@ -44,7 +44,7 @@ pub enum RangeType {
 }
 
 impl RangeType {
-    pub(crate) fn parse(word: &str) -> Option<Self> {
+    fn parse(word: &str) -> Option<Self> {
         Some(match word {
             "ram" => Self::Ram,
             "rom" => Self::Rom,
@@ -203,7 +203,7 @@ impl FlatViews {
     pub fn parse(text: &str) -> Result<Self, MtreeError> {
         let mut views = Vec::new();
         let mut entries = 0;
-        let mut lines = Lines::new(text);
+        let mut lines = Lines { lines: text.lines().enumerate().peekable() };
         while let Some(line) = lines.next_filled() {
             let number = line
                 .text
@@ -233,33 +233,27 @@ impl FlatViews {
 
 /// A line and its number, counted from 1.
 #[derive(Clone, Copy)]
-pub(crate) struct Line<'a> {
+struct Line<'a> {
     number: usize,
-    pub(crate) text: &'a str,
+    text: &'a str,
 }
 
 impl Line<'_> {
-    pub(crate) fn error(self) -> MtreeError {
+    fn error(self) -> MtreeError {
         MtreeError::Line { number: self.number, text: Excerpt::new(self.text) }
     }
 }
 
-/// The lines of a text.
-pub(crate) struct Lines<'a> {
+struct Lines<'a> {
     lines: std::iter::Peekable<std::iter::Enumerate<std::str::Lines<'a>>>,
 }
 
 impl<'a> Lines<'a> {
-    pub(crate) fn new(text: &'a str) -> Self {
-        Self { lines: text.lines().enumerate().peekable() }
-    }
-
-    pub(crate) fn next(&mut self) -> Option<Line<'a>> {
+    fn next(&mut self) -> Option<Line<'a>> {
         self.lines.next().map(|(index, text)| Line { number: index + 1, text })
     }
 
-    /// The next one that is not empty.
-    pub(crate) fn next_filled(&mut self) -> Option<Line<'a>> {
+    fn next_filled(&mut self) -> Option<Line<'a>> {
         while self.lines.next_if(|(_, text)| text.is_empty()).is_some() {}
         self.next()
     }
@@ -354,20 +348,19 @@ fn parse_entry(line: &str) -> Option<Entry> {
 }
 
 /// QEMU prints addresses with exactly 16 digits.
-pub(crate) fn hex16(digits: &str) -> Option<u64> {
+fn hex16(digits: &str) -> Option<u64> {
     hex(digits).filter(|_| digits.len() == 16)
 }
 
 #[derive(Default)]
-/// Who a MemoryRegion belongs to.
-pub(crate) struct Owners {
-    pub(crate) owner: Option<Object>,
-    pub(crate) parent: Option<Object>,
+struct Owners {
+    owner: Option<Object>,
+    parent: Option<Object>,
     orphan: bool,
 }
 
 /// Takes ` owner:{..}`, ` parent:{..}` or ` orphan` off the line's end; without `-o` there is none.
-pub(crate) fn take_owners(line: &str) -> Option<(&str, Owners)> {
+fn take_owners(line: &str) -> Option<(&str, Owners)> {
     let mut owners = Owners::default();
     if let Some(rest) = line.strip_suffix(" orphan") {
         owners.orphan = true;

@@ -17,7 +17,6 @@ use evidence::manifest::{self, HoldKind, Registers, RegistersSource};
 use evidence::record::Span;
 use evidence::{GuestRange, MemoryMap};
 use host::clock::Moment;
-use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 /// Why there is no dump.
@@ -58,7 +57,7 @@ pub fn dump(
     work: &Work<'_>,
     map: &MemoryMap,
     planned: &PlannedDump,
-    into: (&Destination<'_>, BorrowedFd<'_>),
+    into: &Destination<'_>,
     guardian: &mut Guardian,
     cells: &mut [Cell],
     passes: &mut Vec<Pass>,
@@ -103,7 +102,7 @@ pub fn dump(
     let now_ns = host::clock::monotonic_ns();
     let came = read.as_ref().map_or((now_ns, now_ns), |whole| (whole.first_page_ns, whole.last_ns));
     let (hold, mut doubts) = hold(work.log, planned, begun, end.as_ref().ok(), came, &clocks);
-    taking.collect(cells, &into.0.pluggable, read.as_ref().ok(), passes, hold.released_ns);
+    taking.collect(cells, &into.pluggable, read.as_ref().ok(), passes, hold.released_ns);
     let whole = read.as_ref().ok();
     let stood = Span { t0_ns: hold.held_ns, t1_ns: hold.released_ns };
     let head = whole.and_then(|whole| {

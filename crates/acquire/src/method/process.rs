@@ -227,6 +227,7 @@ pub fn freeze(
     };
     match planned.kind {
         HoldKind::Ptrace => freezer.by_ptrace(process, guardian, stalls_ns),
+        // A dump's hold is that of its method, and never planned for this one.
         HoldKind::Stop | HoldKind::Dump => freezer.by_stop(guardian),
     }
 }

@@ -17,7 +17,6 @@ use evidence::MemoryMap;
 use evidence::manifest;
 use evidence::record::Span;
 use host::clock::Moment;
-use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 /// Why there is no snapshot.
@@ -53,7 +52,7 @@ pub fn snapshot(
     work: &Work<'_>,
     map: &MemoryMap,
     planned: &PlannedSnapshot,
-    into: (&Destination<'_>, BorrowedFd<'_>),
+    into: &Destination<'_>,
     guardian: &mut Guardian,
     cells: &mut [Cell],
     passes: &mut Vec<Pass>,
@@ -93,7 +92,7 @@ pub fn snapshot(
     // From here on nothing writes into the store any more.
     taking.end_reader();
     shot.samples = samples;
-    taking.collect(cells, &into.0.pluggable, read.as_ref().ok(), passes, u64::MAX);
+    taking.collect(cells, &into.pluggable, read.as_ref().ok(), passes, u64::MAX);
     let ended = match &end {
         Ok(end) => as_ended(end),
         Err(error) => Err(SnapshotError::Ended(told(error))),

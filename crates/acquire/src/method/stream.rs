@@ -20,7 +20,7 @@ use host::clock::monotonic_ns;
 use host::guest_memory::Held;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,6 +84,8 @@ pub(super) fn failed(error: StreamError) -> Cut<PassError> {
 
 /// Where what is read goes.
 pub struct Destination<'a> {
+    /// It, to be written by position.
+    pub file: OwnedFd,
     /// Where memory lies in it.
     pub segments: &'a Segments,
     /// Memory that it has room for.
@@ -158,6 +160,8 @@ pub(super) type Fds<'a> = [BorrowedFd<'a>; 3];
 pub(super) struct Taking<'a> {
     work: &'a Work<'a>,
     budget: Duration,
+    /// Bytes of memory that the image shall have.
+    total: u64,
     /// That of [`stall`].
     pub(super) turn: u64,
     /// When it is cut, whoever waits: the guest stands meanwhile.
@@ -175,7 +179,7 @@ impl<'a> Taking<'a> {
         kind: Kind,
         map: &MemoryMap,
         budget: Duration,
-        (into, store): (&Destination<'_>, BorrowedFd<'_>),
+        into: &Destination<'_>,
         cells: &[Cell],
     ) -> Result<Self, Cut<PassError>> {
         let page_sizes = work.source.places().iter().map(Held::page_size);
@@ -192,9 +196,10 @@ impl<'a> Taking<'a> {
             reserved: into.reserved.iter().map(|range| (range.start(), range.len())).collect(),
             spare: into.spare,
         };
-        let reader = ends.reader(begin, store, table.file().as_fd())?;
+        let reader = ends.reader(begin, into.file.as_fd(), table.file().as_fd())?;
         let began_ns = work.log.now_ns();
-        Ok(Self { work, budget, turn, until: None, ends, reader, table, began_ns })
+        let total = map.imaged_len();
+        Ok(Self { work, budget, total, turn, until: None, ends, reader, table, began_ns })
     }
 
     /// The rights that the reader kept.
@@ -259,8 +264,7 @@ impl<'a> Taking<'a> {
     }
 
     fn wait(&mut self) -> Result<Whole, Cut<PassError>> {
-        let total: u64 =
-            self.work.source.places().iter().map(|held| held.place().range.len()).sum();
+        let total = self.total;
         // It has the more to look at, the larger the guest is: a GiB a second at the least.
         let silent = SILENT + Duration::from_secs(total >> 30);
         let (mut heard, mut told_at) = (((0, 0), Instant::now()), Instant::now());
