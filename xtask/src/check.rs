@@ -8,7 +8,7 @@ use lab::runner::Tally;
 use lab::{Failure, failed};
 
 use crate::steps::{cargo, ok, root, setup, watch};
-use crate::{Outcome, build, fuzz};
+use crate::{Outcome, build, fuzz, prepared};
 
 /// Checks bans, licences and sources (deny.toml). Not a dependency: a program of its own.
 const DENY: &str = "0.20.2";
@@ -31,7 +31,8 @@ pub(crate) fn all() -> Outcome<bool> {
         deny.current_dir(root()?).args(["--locked", "check", "bans", "licenses", "sources"]);
         ok(&mut deny)
     });
-    tally.add(unit_tests()?);
+    tally.add(unit_tests(&["--workspace", "--no-fail-fast"])?);
+    tally.add(on_a_prepared_host()?);
     check(&mut tally, "cargo xtask fuzz", || match fuzz::run(&FUZZ)? {
         true => Ok(()),
         false => Err("a fuzz target crashed".into()),
@@ -55,12 +56,27 @@ fn check(tally: &mut Tally, name: &str, run: impl FnOnce() -> Outcome<()>) {
     tally.record(name, &outcome, start.elapsed());
 }
 
-/// `cargo test` of all crates, its `test result:` lines added up.
-fn unit_tests() -> Outcome<Tally> {
+/// The tests that are ignored elsewhere, where the host can be prepared for them.
+fn on_a_prepared_host() -> Outcome<Tally> {
+    let ignored = ["--", "--ignored", "--test-threads", "1"];
+    let libvirt = ["-p", "stillframe-qemu", "--test", "libvirtd"];
+    let mut tally = Tally::default();
+    match prepared::host() {
+        Ok(_prepared) => {
+            tally.add(unit_tests(&[&["-p", "stillframe-host", "--lib"][..], &ignored].concat())?);
+            tally.add(unit_tests(&[&libvirt[..], &ignored].concat())?);
+        }
+        Err(error) => println!("skipped: tests of huge pages, KSM and libvirtd: {error}"),
+    }
+    Ok(tally)
+}
+
+/// `cargo test` with these arguments, its `test result:` lines added up.
+fn unit_tests(arguments: &[&str]) -> Outcome<Tally> {
     let start = Instant::now();
     let mut tally = Tally::default();
     let mut test = cargo()?;
-    test.args(["test", "--workspace", "--locked", "--no-fail-fast"]);
+    test.args(["test", "--locked"]).args(arguments);
     let good = watch(&mut test, |line| {
         if let Some(counts) = line.strip_prefix("test result: ") {
             tally.add(results(counts));

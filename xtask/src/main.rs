@@ -9,6 +9,7 @@ mod check;
 mod demo;
 mod fuzz;
 mod package;
+mod prepared;
 mod steps;
 
 use std::process::ExitCode;

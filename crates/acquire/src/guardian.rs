@@ -567,7 +567,22 @@ impl Keeper {
         Ok(())
     }
 
+    /// Ends it. A QEMU that was too busy for one answer is asked anew, as long as nobody is held up by that.
     fn end_snapshot(&mut self, whole: bool) -> Result<Box<ShotEnd>, AskError> {
+        let until = Instant::now() + snapshot::ENDS;
+        loop {
+            match self.try_to_end_snapshot(whole) {
+                Err(error) if whole && Instant::now() < until => {
+                    self.notes.add("snapshot", json!({ "error": error.to_string() }));
+                    // A connection that failed once is of no use any more, and the next one may work.
+                    self.monitor = None;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn try_to_end_snapshot(&mut self, whole: bool) -> Result<Box<ShotEnd>, AskError> {
         let lost = self.monitor.is_none();
         self.monitor()?;
         if let Some(shot) = self.shot.as_mut().filter(|_| lost) {

@@ -811,6 +811,10 @@ fn of_gib(ns: u64, bytes: u64) -> Duration {
     Duration::from_nanos(u64::try_from(total).unwrap_or(u64::MAX))
 }
 
+/// Why a snapshot is not chosen for a VM of which something is in swap: docs/measurements.md.
+const SWAPPED_SNAPSHOT: &str = "some of the guest is swapped out, and how a guest takes a snapshot on a host that swaps is not known \
+     well: in the lab, under a translated CPU, one was reset meanwhile";
+
 /// QEMU's snapshot, when `margin` times the stop that is expected is allowed.
 fn snapshot(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedSnapshot, Refusal> {
     let known = &facts.snapshot;
@@ -845,6 +849,10 @@ fn snapshot(facts: &Facts, wish: &Wish, margin: u32) -> Result<PlannedSnapshot, 
             known.shared_hole_bytes, facts.available_bytes
         );
         return Err(Refusal::new(reason, &["--method freeze", "--method live"]));
+    }
+    // Asked for by name it is done, with a warning.
+    if facts.swapped_bytes > 0 && margin > 1 {
+        return Err(Refusal::new(SWAPPED_SNAPSHOT, &["--method freeze", "--method snapshot"]));
     }
     // QEMU gives every page of the guest an entry first: it is all of them that are protected.
     let protect = of_gib(known.protect_a_gib_ns, facts.image_bytes) * CLEAR_IN_QEMU;
@@ -1238,6 +1246,9 @@ fn warnings(
              for it"
                 .to_owned(),
         );
+    }
+    if snapshot.is_some() && facts.swapped_bytes > 0 {
+        warnings.push(SWAPPED_SNAPSHOT.to_owned());
     }
     if facts.run_state != "running" {
         warnings.push(format!("the VM's run state is {:?}; it is left so", facts.run_state));
@@ -1651,6 +1662,25 @@ mod tests {
         ] {
             assert!(choose(&refused, &wish(60)).is_err(), "{refused:?}");
         }
+    }
+
+    #[test]
+    fn a_snapshot_of_a_swapped_guest_is_only_taken_by_name() {
+        let swapped = Facts {
+            swapped_bytes: 1 << 20,
+            snapshot: SnapshotFacts::default(),
+            hold: HoldFacts { speed: None, ..facts().hold },
+            ..facts()
+        };
+        let wish = budget(60);
+        let refusal = choose(&swapped, &wish).unwrap_err();
+        let told =
+            |one: &Rejected| one.method == Method::Snapshot && one.reason == SWAPPED_SNAPSHOT;
+        assert!(refusal.rejected.iter().any(told), "{:?}", refusal.rejected);
+        let unswapped = Facts { swapped_bytes: 0, ..swapped.clone() };
+        assert_eq!(choose(&unswapped, &wish).unwrap().method, Method::Snapshot);
+        let plan = choose(&swapped, &Wish { method: Some(Method::Snapshot), ..wish }).unwrap();
+        assert_eq!(plan.warnings, [SWAPPED_SNAPSHOT]);
     }
 
     #[test]

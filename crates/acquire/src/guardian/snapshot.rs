@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to end a snapshot whose stream is whole: the guest runs, and on a host that
 /// swaps it was seen to take more than ten seconds.
-const ENDS: Duration = Duration::from_secs(30);
+pub(super) const ENDS: Duration = Duration::from_secs(20);
 
 /// How long a guest that was stopped for a snapshot may take to go on by itself, once that has ended.
 const GOES_ON: Duration = Duration::from_millis(50);
