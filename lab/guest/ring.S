@@ -10,6 +10,13 @@
         .set    MIB, 0x100000
         .set    COM1, 0x3f8
 
+        # Some ten times a second the guest does something that its hypervisor has to do for it. In the outer
+        # guest, whose CPUs are translated, QEMU 10.0 was found (by a debugger) to run this guest with the
+        # global interrupt flag off, which VMRUN sets: the host's interrupts wait until the guest leaves by
+        # itself, and a ring that only stores never does. Seldom: the way out and in again loses what the
+        # CPU remembers of page tables, and takes milliseconds there.
+        .set    LEAVES, 0x400000
+
         .code16
         .globl  start
 start:
@@ -93,9 +100,15 @@ wait:   inb     %dx, %al
 
 said:   cmpl    $0, halts
         jne     halt
+leave:  xorl    %eax, %eax
+        cpuid                           # every hypervisor answers it itself
+        movl    $LEAVES, %esi
 for_ever:
         call    lap
-        jmp     for_ever
+        subl    pages, %esi
+        subl    $62, %esi               # a lap has its own price
+        jg      for_ever
+        jmp     leave
 
 halt:   hlt                             # for ever: interrupts are off
         jmp     halt
@@ -111,6 +124,7 @@ page:   movq    %mm0, 0x080(%edi)
         paddq   %mm1, %mm0
         movl    delay, %ecx
         jecxz   next
+        subl    $4096, %esi             # a slow page too
 idle:   loop    idle
 next:   addl    stride, %edi
         decl    %edx

@@ -14,7 +14,6 @@ use crate::error::{Doing, Result, failed};
 use crate::guest::fresh_dir;
 use crate::initramfs::{self, create};
 use crate::kit::{Kit, Version};
-use crate::runner::wait;
 
 pub(crate) const INIT: &str = include_str!("../guest/outer-init.sh");
 
@@ -65,7 +64,7 @@ const STARTS: u32 = 3;
 
 /// Its kernel says every half a minute that a CPU is stuck, and for how many seconds. Seen with QEMU 7.2:
 /// one CPU waits in the kernel for another, which sleeps and is not woken, for ever. No program in there
-/// can do that: QEMU's translator has lost an interrupt.
+/// can do that: the other CPU runs a guest with interrupts held back (see `guest/ring.S`).
 const STUCK: &str = "soft lockup - CPU#";
 const STUCK_FOR: u64 = 50;
 
@@ -194,8 +193,9 @@ impl Outer {
 
     /// Boots the outer guest and runs a shell script in it, as root, in `/root`. What the script
     /// leaves in `/out` comes back; `/dev/vdb` is an empty disk for swap or a file system.
-    /// Past the deadline, or when the outer guest dies, it is an error that ends with its output.
-    pub fn run(&self, script: &str, deadline: Duration) -> Result<Output> {
+    /// An outer guest that says nothing for `silence` is stuck; one that dies is an error that ends with its
+    /// output.
+    pub fn run(&self, script: &str, silence: Duration) -> Result<Output> {
         let start = Instant::now();
         let dir = Dir(fresh_dir("outer")?);
         let at = |name: &str| dir.0.join(name);
@@ -220,7 +220,7 @@ impl Outer {
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(at("qemu.log"))?);
         let (mut child, output) = (up(&mut command, &at("output"))?, at("output"));
-        let ended = self.watch(&mut child, &output, &at("console"), deadline);
+        let ended = self.watch(&mut child, &output, &at("console"), silence);
         let text = job_output(&output);
         let complain = |what: String| {
             let tail = |text: &str| text[text.len().saturating_sub(2000)..].trim().to_owned();
@@ -266,9 +266,9 @@ impl Outer {
         child: &mut Child,
         output: &Path,
         console: &Path,
-        deadline: Duration,
+        silence: Duration,
     ) -> Result<Ended> {
-        let until = Instant::now() + deadline;
+        let (mut until, mut heard) = (Instant::now() + silence, 0);
         let mut shown = 0;
         let mut show = || {
             let text = job_output(output);
@@ -289,15 +289,19 @@ impl Outer {
                 return Ok(Ended::ByItself);
             }
             show();
+            let said = fs::metadata(output).map_or(0, |file| file.len());
+            if said > heard {
+                (until, heard) = (Instant::now() + silence, said);
+            }
             if stuck_for(&read(console)) >= STUCK_FOR {
                 child.kill().and_then(|()| child.wait()).doing("ending the outer guest")?;
                 return Ok(Ended::Stuck);
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-        wait(child, Duration::ZERO)
-            .doing(format_args!("past its {} s", deadline.as_secs()))
-            .map(|_| Ended::ByItself)
+        println!("         not a word from the outer guest for {} s", silence.as_secs());
+        child.kill().and_then(|()| child.wait()).doing("ending the outer guest")?;
+        Ok(Ended::Stuck)
     }
 }
 

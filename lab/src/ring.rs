@@ -52,7 +52,8 @@ impl Ring {
     pub fn spread(memory_mib: u32) -> Self {
         let pages = 240;
         let even = (memory_mib * MIB - 2 * BASE) / pages;
-        Self::new(pages, even / 4096 * 4096 + 4096, memory_mib)
+        // An odd number of pages apart: at an even one they would share few places of a translator's TLB.
+        Self::new(pages, ((even / 4096 + 1) | 1) * 4096, memory_mib)
     }
 
     /// Every page of the guest's memory from the first one up: so each write goes to a page that

@@ -305,8 +305,8 @@ pub fn run_here(lab: &Lab, tests: &[Test]) -> Tally {
 /// Stands before the closing line of the outer guest's part: that line is not the run's.
 pub const INSIDE: &str = "         in the outer guest ";
 
-/// Longest time for all tests of the outer guest together.
-const OUTER: [Duration; 2] = [Duration::from_secs(1500), Duration::from_secs(3500)];
+/// Longest time between two lines of the outer guest: for a test of the short form, and for a long one.
+const SILENCE: [Duration; 2] = [Duration::from_secs(300), Duration::from_secs(3600)];
 
 /// How often the outer guest is started for tests that it did not come to because it got stuck.
 const OUTERS: u32 = 3;
@@ -376,10 +376,10 @@ fn in_outer(lab: &Lab, tests: &[Test]) -> Result<Inside> {
         }
         script.push_str("export STILLFRAME_TOOL=/job/stillframe\n");
     }
-    let (full, deadline) = if lab.full { ("--full", OUTER[1]) } else { ("", OUTER[0]) };
+    let (full, silence) = if lab.full { ("--full", SILENCE[1]) } else { ("", SILENCE[0]) };
     let names = tests.iter().map(Test::name).collect::<Vec<_>>().join(" ");
     script.push_str(&format!("exec /job/stillframe-lab --inside {full} {names}\n"));
-    let output = outer.run(&script, deadline)?;
+    let output = outer.run(&script, silence)?;
     if output.status.is_none() {
         return Ok(Inside::Stuck(output.text.lines().filter_map(Tally::of_line).collect()));
     }

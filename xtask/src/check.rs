@@ -1,51 +1,79 @@
 //! `cargo xtask test` and `cargo xtask lab`: everything that must hold, in order of cost.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::Instant;
 
 use lab::runner::Tally;
 use lab::{Failure, failed};
 
-use crate::steps::{cargo, ok, root, setup, watch};
+use crate::steps::{cargo, quietly, root, setup, watch};
 use crate::{Outcome, build, fuzz, prepared};
 
 /// Checks bans, licences and sources (deny.toml). Not a dependency: a program of its own.
 const DENY: &str = "0.20.2";
+
+/// What the lab runs: the tool, the lab's program that looks while a guest is held, and itself.
+const LAB: [&str; 3] = ["stillframe", "stillframe-at-hold", "stillframe-lab"];
 
 /// The bounded run of every fuzz target.
 const FUZZ: fuzz::Args = fuzz::Args { seconds: 3, target: None };
 
 /// Runs everything; the closing line counts checks, unit tests and lab tests together.
 /// `false` when anything failed.
+///
+/// The lab waits more than it works: whatever a compiler has to do meanwhile is done beside it, on what it
+/// leaves of the CPUs.
 pub(crate) fn all() -> Outcome<bool> {
-    let mut tally = Tally::default();
-    let kit = setup()?;
-    check(&mut tally, "cargo fmt", || ok(cargo()?.args(["fmt", "--all", "--check"])));
-    check(&mut tally, "cargo clippy", || {
-        let lints = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
-        ok(cargo()?.args(lints))
+    // Setup waits for packages meanwhile.
+    let (kit, binaries) = thread::scope(|scope| {
+        let built = scope.spawn(|| build::release(&LAB).map_err(|e| e.to_string()));
+        let kit = setup();
+        let binaries = built.join().unwrap_or_else(|_| Err("the build panicked".to_owned()));
+        (kit, binaries)
     });
-    check(&mut tally, "cargo deny", || {
-        let mut deny = Command::new(deny(&kit)?);
-        deny.current_dir(root()?).args(["--locked", "check", "bans", "licenses", "sources"]);
-        ok(&mut deny)
+    let (kit, binaries) = (kit?, binaries?);
+    let (mut tally, on_guests) = thread::scope(|scope| {
+        let beside = scope.spawn(|| beside_the_lab(&kit));
+        let on_guests = lab(&binaries, false, &[]);
+        (beside.join().unwrap_or(Tally { failed: 1, ..Tally::default() }), on_guests)
     });
+    tally.add(on_guests?);
     tally.add(unit_tests(&["--workspace", "--no-fail-fast"])?);
     tally.add(on_a_prepared_host()?);
     check(&mut tally, "cargo xtask fuzz", || match fuzz::run(&FUZZ)? {
         true => Ok(()),
         false => Err("a fuzz target crashed".into()),
     });
-    tally.add(lab(false, &[])?);
     println!("{tally}");
     Ok(tally.failed == 0)
+}
+
+/// What needs a compiler and no quiet machine; what is built here is run after the lab.
+fn beside_the_lab(kit: &lab::Kit) -> Tally {
+    let mut tally = Tally::default();
+    check(&mut tally, "cargo fmt", || quietly(cargo()?.args(["fmt", "--all", "--check"])));
+    check(&mut tally, "cargo clippy", || {
+        let lints = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+        quietly(cargo()?.args(lints))
+    });
+    check(&mut tally, "unit tests built", || {
+        quietly(cargo()?.args(["test", "--workspace", "--locked", "--no-run"]))
+    });
+    check(&mut tally, "fuzz targets built", || quietly(&mut fuzz::build_command()?));
+    check(&mut tally, "cargo deny", || {
+        let mut deny = Command::new(deny(kit)?);
+        deny.current_dir(root()?).args(["--locked", "check", "bans", "licenses", "sources"]);
+        quietly(&mut deny)
+    });
+    tally
 }
 
 /// Runs the lab alone.
 pub(crate) fn lab_only(full: bool, names: &[String]) -> Outcome<bool> {
     setup()?;
-    let tally = lab(full, names)?;
+    let tally = lab(&build::release(&LAB)?, full, names)?;
     println!("{tally}");
     Ok(tally.failed == 0)
 }
@@ -100,11 +128,9 @@ fn results(counts: &str) -> Tally {
     Tally { passed: count("passed"), failed: count("failed"), skipped: count("ignored") }
 }
 
-/// Builds the tool and the lab as they are released, and runs the lab's tests.
-fn lab(full: bool, names: &[String]) -> Outcome<Tally> {
+/// Runs the lab's tests with the tool as it is released.
+fn lab(binaries: &Path, full: bool, names: &[String]) -> Outcome<Tally> {
     let start = Instant::now();
-    let binaries = build::release(&["stillframe", "stillframe-at-hold", "stillframe-lab"])?;
-    println!("the static binaries took {:.1} s", start.elapsed().as_secs_f64());
     let mut command = Command::new(binaries.join("stillframe-lab"));
     command.env("STILLFRAME_TOOL", binaries.join("stillframe"));
     command.args(full.then_some("--full")).args(names);
@@ -114,6 +140,7 @@ fn lab(full: bool, names: &[String]) -> Outcome<Tally> {
         closing = Tally::parse(line);
         closing.is_none()
     })?;
+    println!("the lab took {:.1} s", start.elapsed().as_secs_f64());
     match closing {
         Some(tally) if good == (tally.failed == 0) => Ok(tally),
         _ => Err("the lab did not end with its closing line".into()),
@@ -131,7 +158,7 @@ fn deny(kit: &lab::Kit) -> Outcome<PathBuf> {
         install.args(["--no-default-features", "--root"]).arg(&own);
         install.env("CARGO_PROFILE_DEV_DEBUG", "0").env("CARGO_TARGET_DIR", own.join("target"));
         install.env_remove("RUSTFLAGS");
-        ok(&mut install)?;
+        quietly(&mut install)?;
         std::fs::remove_dir_all(own.join("target"))?;
     }
     Ok(binary)

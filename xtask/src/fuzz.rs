@@ -68,7 +68,7 @@ pub(crate) fn run(args: &Args) -> Outcome<bool> {
         }
         names.retain(|name| name == wanted);
     }
-    let binaries = build(&fuzz)?;
+    let binaries = build()?;
     ok(Command::new(binaries.join("seeds")).arg(fuzz.join("corpus")))?;
     let mut crashed = Vec::new();
     for name in &names {
@@ -98,13 +98,22 @@ fn targets(fuzz: &Path) -> Outcome<Vec<String>> {
 }
 
 /// Builds all targets; returns the directory that they are in.
-fn build(fuzz: &Path) -> Outcome<PathBuf> {
-    let directory = target()?.join("fuzz");
+fn build() -> Outcome<PathBuf> {
+    ok(&mut build_command()?)?;
+    Ok(directory()?.join(TRIPLE).join("release"))
+}
+
+/// The command that builds all targets.
+pub(crate) fn build_command() -> Outcome<Command> {
     let mut build = cargo()?;
-    build.current_dir(fuzz).env("RUSTFLAGS", FLAGS.join(" "));
+    build.current_dir(root()?.join("fuzz")).env("RUSTFLAGS", FLAGS.join(" "));
     build.args(["build", "--release", "--locked", "--target", TRIPLE, "--target-dir"]);
-    ok(build.arg(&directory))?;
-    Ok(directory.join(TRIPLE).join("release"))
+    build.arg(directory()?);
+    Ok(build)
+}
+
+fn directory() -> Outcome<PathBuf> {
+    Ok(target()?.join("fuzz"))
 }
 
 /// How a target's run went.

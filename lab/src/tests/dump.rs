@@ -16,7 +16,7 @@ use super::faults::share;
 use super::run::{
     Family, Running, assert_nothing_passes, await_dead, new_dir, recover, signal, undo_files,
 };
-use super::tear::Subject;
+use super::tear::{Subject, memory_mib};
 
 pub(crate) const TESTS: &[runner::Test] = here![
     a_running_guest_is_of_one_instant,
@@ -59,8 +59,8 @@ fn assert_whole(exhibit: &Exhibit) {
 /// No image of a counting guest is torn, and those by `live` are.
 fn a_running_guest_is_of_one_instant(lab: &Lab) -> Result<()> {
     let cases = [
-        (Ring::pair(256), Backing::Anonymous, Version::V10_0),
-        (Ring::spread(256), Backing::Memfd, Version::V7_2),
+        (Ring::pair(memory_mib()), Backing::Anonymous, Version::V10_0),
+        (Ring::spread(memory_mib()), Backing::Memfd, Version::V7_2),
     ];
     for (ring, backing, version) in cases {
         let mut subject = Subject::boot(lab, ring, backing, version)?;

@@ -252,7 +252,7 @@ fn sigstop_of_capture(lab: &Lab) -> Result<()> {
 }
 
 fn sigstop_of_guardian(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::STOP, Victim::Guardian, lab.scale(3, 300))
+    blows(lab, Signal::STOP, Victim::Guardian, lab.scale(2, 300))
 }
 
 fn sigstop_of_reader(lab: &Lab) -> Result<()> {
