@@ -139,7 +139,7 @@ pub struct Outer {
 pub struct Output {
     /// What the script wrote to stdout and stderr.
     pub text: String,
-    /// Its exit status; `None` when a CPU of the outer guest got stuck, which was then killed.
+    /// Its exit status; `None` when the outer guest got stuck, panicked or reset itself.
     pub status: Option<i32>,
     /// A directory with what it left in `/out`; removed with this value.
     pub out: PathBuf,
@@ -230,7 +230,9 @@ impl Outer {
         let out = at("out");
         let ended = ended.map_err(|e| complain(e.to_string()))?;
         let panicked = read(&at("console")).contains(PANIC);
-        if ended == Ended::Stuck || panicked {
+        // Nothing in there resets the machine: a translated CPU that does has lost its way.
+        let reset = !text.contains("\n>>>outer ") && had_begun(&text);
+        if ended == Ended::Stuck || panicked || reset {
             return Ok(Output { text, status: None, out, took: start.elapsed(), _dir: dir });
         }
         let ending = text.rsplit_once("\n>>>outer ");
@@ -310,6 +312,12 @@ impl Outer {
 enum Ended {
     ByItself,
     Stuck,
+}
+
+/// Whether an outer guest that is gone had come so far as to run the job. One that did not is an error: the
+/// next would not either.
+fn had_begun(text: &str) -> bool {
+    !text.trim().is_empty()
 }
 
 /// For how many seconds a CPU has been stuck, by the kernel's last word on it.

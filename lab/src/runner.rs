@@ -326,7 +326,7 @@ pub fn run_outer(lab: &Lab, tests: &[Test]) -> Tally {
             }
             Ok(Inside::Stuck(done)) if outer < OUTERS => {
                 println!(
-                    "         the outer guest's kernel got stuck or panicked: it is started again, for \
+                    "         the outer guest got stuck, panicked or reset itself: it is started again, for \
                      what failed there or was not run"
                 );
                 for (name, outcome) in done.into_iter().filter(|(_, outcome)| outcome.failed == 0) {

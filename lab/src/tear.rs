@@ -109,8 +109,8 @@ pub struct Flaws {
     /// Addresses in the image of pages that carry another frame's number, or are no page of this
     /// ring.
     pub misplaced: Vec<u64>,
-    /// Words (0 to L - 1) with a value that was never stored there.
-    pub foreign: Vec<u64>,
+    /// Words (0 to L - 1) with a value that was never stored there, and the value.
+    pub foreign: Vec<(u64, u64)>,
 }
 
 /// One pass over an image, a piece at a time in any order. Pages are found by what is in them.
@@ -148,8 +148,7 @@ impl Scan {
         let stored_there =
             |(word, value): &(u64, u64)| *value >= self.words() && value % self.words() == *word;
         let foreign = (first..).zip(words).filter(|pair| !stored_there(pair));
-        let foreign: Vec<u64> = foreign.map(|(word, _)| word).collect();
-        self.flaws.foreign.extend(foreign);
+        self.flaws.foreign.extend(foreign.collect::<Vec<_>>());
         if self.found.insert(index, words).is_some() {
             self.flaws.duplicate.push(index);
         }
@@ -169,7 +168,7 @@ impl Scan {
     pub fn verdict(&self) -> Result<Verdict> {
         let flaws = self.flaws();
         if flaws != Flaws::default() {
-            return Err(failed(format_args!("the image has not the ring as it was: {flaws:x?}")));
+            return Err(failed(format_args!("the image has not the ring as it was: {flaws:?}")));
         }
         let values: Vec<u64> = self.found.values().flatten().copied().collect();
         judge(&values).ok_or_else(|| failed("a ring without words"))

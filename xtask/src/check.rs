@@ -23,35 +23,33 @@ const FUZZ: fuzz::Args = fuzz::Args { seconds: 3, target: None };
 /// Runs everything; the closing line counts checks, unit tests and lab tests together.
 /// `false` when anything failed.
 ///
-/// The lab waits more than it works: whatever a compiler has to do meanwhile is done beside it, on what it
-/// leaves of the CPUs.
+/// What is built is built side by side, while setup waits for packages. The lab has the machine for itself:
+/// how long a guest is held is what it measures.
 pub(crate) fn all() -> Outcome<bool> {
-    // Setup waits for packages meanwhile.
-    let (kit, binaries) = thread::scope(|scope| {
-        let built = scope.spawn(|| build::release(&LAB).map_err(|e| e.to_string()));
+    let (mut tally, kit, binaries) = thread::scope(|scope| {
+        let release = scope.spawn(|| build::release(&LAB).map_err(|e| e.to_string()));
+        let checked = scope.spawn(lints);
         let kit = setup();
-        let binaries = built.join().unwrap_or_else(|_| Err("the build panicked".to_owned()));
-        (kit, binaries)
+        let mut tally = kit.as_ref().map_or_else(|_| Tally::default(), programs);
+        let lost = Tally { failed: 1, ..Tally::default() };
+        tally.add(checked.join().unwrap_or(lost));
+        let binaries = release.join().unwrap_or_else(|_| Err("the build panicked".to_owned()));
+        (tally, kit, binaries)
     });
-    let (kit, binaries) = (kit?, binaries?);
-    let (mut tally, on_guests) = thread::scope(|scope| {
-        let beside = scope.spawn(|| beside_the_lab(&kit));
-        let on_guests = lab(&binaries, false, &[]);
-        (beside.join().unwrap_or(Tally { failed: 1, ..Tally::default() }), on_guests)
-    });
-    tally.add(on_guests?);
+    let (_kit, binaries) = (kit?, binaries?);
     tally.add(unit_tests(&["--workspace", "--no-fail-fast"])?);
     tally.add(on_a_prepared_host()?);
     check(&mut tally, "cargo xtask fuzz", || match fuzz::run(&FUZZ)? {
         true => Ok(()),
         false => Err("a fuzz target crashed".into()),
     });
+    tally.add(lab(&binaries, false, &[])?);
     println!("{tally}");
     Ok(tally.failed == 0)
 }
 
-/// What needs a compiler and no quiet machine; what is built here is run after the lab.
-fn beside_the_lab(kit: &lab::Kit) -> Tally {
+/// Format and lints; then the unit tests are built.
+fn lints() -> Tally {
     let mut tally = Tally::default();
     check(&mut tally, "cargo fmt", || quietly(cargo()?.args(["fmt", "--all", "--check"])));
     check(&mut tally, "cargo clippy", || {
@@ -61,12 +59,18 @@ fn beside_the_lab(kit: &lab::Kit) -> Tally {
     check(&mut tally, "unit tests built", || {
         quietly(cargo()?.args(["test", "--workspace", "--locked", "--no-run"]))
     });
-    check(&mut tally, "fuzz targets built", || quietly(&mut fuzz::build_command()?));
+    tally
+}
+
+/// Licences; then the fuzz targets are built.
+fn programs(kit: &lab::Kit) -> Tally {
+    let mut tally = Tally::default();
     check(&mut tally, "cargo deny", || {
         let mut deny = Command::new(deny(kit)?);
         deny.current_dir(root()?).args(["--locked", "check", "bans", "licenses", "sources"]);
         quietly(&mut deny)
     });
+    check(&mut tally, "fuzz targets built", || quietly(&mut fuzz::build_command()?));
     tally
 }
 

@@ -1,7 +1,7 @@
 //! Running other programs: a line before, a line after, their output passed on.
 
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use lab::Kit;
@@ -30,21 +30,12 @@ pub(crate) fn ok(command: &mut Command) -> Outcome<()> {
     if status.success() { Ok(()) } else { Err(format!("`{line}` ended with {status}").into()) }
 }
 
-/// Runs a command on what others leave of the CPUs and of the disk; what it said is shown when it fails.
+/// Runs a command to its end; what it said is shown when it fails.
 pub(crate) fn quietly(command: &mut Command) -> Outcome<()> {
     let said = line(command);
-    let mut idle = Command::new("ionice");
-    idle.args(["-c", "3", "chrt", "--idle", "0"]).arg(command.get_program());
-    idle.args(command.get_args());
-    idle.current_dir(command.get_current_dir().unwrap_or(Path::new(".")));
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => idle.env(name, value),
-            None => idle.env_remove(name),
-        };
-    }
-    let output =
-        idle.stdin(Stdio::null()).output().map_err(|e| format!("starting `{said}`: {e}"))?;
+    eprintln!("$ {said}");
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.map_err(|e| format!("starting `{said}`: {e}"))?;
     if output.status.success() {
         return Ok(());
     }

@@ -53,7 +53,7 @@ pub(super) fn share(n: u32) -> f64 {
 }
 
 fn sigkill_at_any_moment(lab: &Lab) -> Result<()> {
-    let moments = lab.scale(6, 50);
+    let moments = lab.scale(4, 50);
     let (mut guest, vm) = filled(lab, 64)?;
     for store in STORES {
         let out = new_dir(lab, store)?;

@@ -298,16 +298,16 @@ fn monitor(lab: &Lab) -> (PathBuf, [String; 2]) {
 }
 
 fn holds_by_ptrace_leave_no_trace(lab: &Lab) -> Result<()> {
-    many(lab, "ptrace", lab.scale(20, 200), &[])
+    many(lab, "ptrace", lab.scale(8, 200), &[])
 }
 
 fn holds_by_ptrace_leave_no_trace_in_a_sandbox(lab: &Lab) -> Result<()> {
     let denies = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
-    many(lab, "ptrace", lab.scale(10, 200), &["-sandbox", denies])
+    many(lab, "ptrace", lab.scale(4, 200), &["-sandbox", denies])
 }
 
 fn holds_by_stop_leave_no_trace(lab: &Lab) -> Result<()> {
-    many(lab, "stop", lab.scale(10, 200), &[])
+    many(lab, "stop", lab.scale(4, 200), &[])
 }
 
 /// A host that is translated itself cannot read a Linux guest in the second that ptrace may hold it:

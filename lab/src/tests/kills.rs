@@ -618,7 +618,7 @@ fn blows(subject: &mut Subject<'_>, signal: Signal, victim: Victim, count: u32) 
 /// Half of them for each kind of hold.
 fn moments(lab: &Lab, signal: Signal, victim: Victim) -> Result<()> {
     let mut subject = Subject::boot(lab)?;
-    blows(&mut subject, signal, victim, lab.scale(4, 150))?;
+    blows(&mut subject, signal, victim, lab.scale(3, 150))?;
     subject.guest.finish()
 }
 

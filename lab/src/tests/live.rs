@@ -104,7 +104,8 @@ const MEMORY_MIB: u64 = 192;
 
 /// One case in the short form: each takes half a minute there.
 fn check_outer(lab: &Lab, kinds: &[Backing]) -> Result<()> {
-    let cases = cases(lab.full, MEMORY_MIB, kinds, &OUTER_FORMATS);
+    // The first lies on one side of the hole.
+    let cases = cases(lab.full, lab.scale(128, MEMORY_MIB), kinds, &OUTER_FORMATS);
     check_all(lab, &cases[..lab.scale(1, cases.len())])
 }
 
@@ -164,12 +165,15 @@ fn pages_lie_at_their_frame_number_in_every_format(lab: &Lab) -> Result<()> {
     let mut guest = guest.both_sides_of_the_hole().boot()?;
     let planted = guest.plant_frames(224, run)?; // more than lies on either side of the hole
     for (format, store) in FORMATS.into_iter().zip(["ram", "disk", "ram"]) {
-        let exhibit = take(lab, &guest, &["--format", format, "--store", store])?;
+        // Of all the holes of a raw image a digest takes its time.
+        let digest = if format == "raw" { lab.scale("no", "yes") } else { "yes" };
+        let flags = ["--format", format, "--store", store, "--file-digest", digest];
+        let exhibit = take(lab, &guest, &flags)?;
         let found = numbered_frames(&mut guest, &exhibit.image()?, run)?;
         let above = found.iter().filter(|&&pfn| pfn >= 1 << 20).count();
         assert_eq!(u64::try_from(found.len())?, planted, "{format}");
         assert!(above > 1000 && found.len() - above > 1000, "{format}: {above} above the hole");
-        if format == "raw" {
+        if format == "raw" && lab.full {
             exhibit.assert_raw_sum()?;
         }
         exhibit.remove()?;

@@ -424,7 +424,7 @@ fn linux_is_of_one_instant(lab: &Lab) -> Result<()> {
         method: METHOD,
         flags: &FLAGS,
         class: CLASS,
-        runs: lab.scale(3, 25),
+        runs: lab.scale(2, 25),
         controls: lab.scale(1, 8),
     };
     let backings = [Backing::Anonymous, Backing::Memfd];

@@ -169,8 +169,14 @@ fn ctrl_s_holds_nothing_up(lab: &Lab) -> Result<()> {
                 run.until(|event| event["event"] == "held")?;
             }
             terminal.press(terminal::HALT)?;
-            // It is long over by then, and the last word not said: nobody could read it.
-            sleep(Duration::from_secs(3));
+            // It is over by then, and the last word not said: nobody could read it.
+            let until = Instant::now() + Duration::from_secs(60);
+            while names(out)?.iter().any(|name| name.ends_with(".partial"))
+                || names(out)?.is_empty()
+            {
+                assert!(Instant::now() < until, "not over: {:?}", names(out)?);
+                sleep(Duration::from_millis(50));
+            }
             assert!(run.runs()? && !watch.held(), "Ctrl-S stopped no output, or the guest");
             subject.assert_whole(out).doing("while output is stopped")?;
             let shown = terminal.screen().len();

@@ -228,27 +228,27 @@ fn blows(lab: &Lab, signal: Signal, victim: Victim, count: u32) -> Result<()> {
 }
 
 fn sigint_meanwhile(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::INT, Victim::Capture, lab.scale(3, 300))
+    blows(lab, Signal::INT, Victim::Capture, lab.scale(2, 300))
 }
 
 fn sigkill_of_capture(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Capture, lab.scale(3, 300))
+    blows(lab, Signal::KILL, Victim::Capture, lab.scale(2, 300))
 }
 
 fn sigkill_of_guardian(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Guardian, lab.scale(3, 300))
+    blows(lab, Signal::KILL, Victim::Guardian, lab.scale(2, 300))
 }
 
 fn sigkill_of_both(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Both, lab.scale(3, 300))
+    blows(lab, Signal::KILL, Victim::Both, lab.scale(2, 300))
 }
 
 fn sigkill_of_reader(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::KILL, Victim::Reader, lab.scale(3, 300))
+    blows(lab, Signal::KILL, Victim::Reader, lab.scale(2, 300))
 }
 
 fn sigstop_of_capture(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::STOP, Victim::Capture, lab.scale(3, 300))
+    blows(lab, Signal::STOP, Victim::Capture, lab.scale(2, 300))
 }
 
 fn sigstop_of_guardian(lab: &Lab) -> Result<()> {
@@ -256,5 +256,5 @@ fn sigstop_of_guardian(lab: &Lab) -> Result<()> {
 }
 
 fn sigstop_of_reader(lab: &Lab) -> Result<()> {
-    blows(lab, Signal::STOP, Victim::Reader, lab.scale(3, 300))
+    blows(lab, Signal::STOP, Victim::Reader, lab.scale(2, 300))
 }
