@@ -230,12 +230,19 @@ impl Outer {
         let out = at("out");
         let ended = ended.map_err(|e| complain(e.to_string()))?;
         let panicked = read(&at("console")).contains(PANIC);
-        // Nothing in there resets the machine: a translated CPU that does has lost its way.
-        let reset = !text.contains("\n>>>outer ") && had_begun(&text);
+        let ending = text.rsplit_once("\n>>>outer ");
+        // Nothing in there resets the machine: a translated CPU that does has lost its way. One that did not
+        // come to the job is an error: the next would not either.
+        let reset = ending.is_none() && !text.trim().is_empty();
         if ended == Ended::Stuck || panicked || reset {
+            if reset && ended == Ended::ByItself {
+                println!(
+                    "         the outer guest ended by itself: {}",
+                    read(&at("qemu.log")).trim()
+                );
+            }
             return Ok(Output { text, status: None, out, took: start.elapsed(), _dir: dir });
         }
-        let ending = text.rsplit_once("\n>>>outer ");
         let ending = ending.and_then(|(text, n)| Some((text, n.trim().parse().ok()?)));
         let (text, status) = ending.ok_or_else(|| complain("died".to_owned()))?;
         fs::create_dir(&out)?;
@@ -312,12 +319,6 @@ impl Outer {
 enum Ended {
     ByItself,
     Stuck,
-}
-
-/// Whether an outer guest that is gone had come so far as to run the job. One that did not is an error: the
-/// next would not either.
-fn had_begun(text: &str) -> bool {
-    !text.trim().is_empty()
 }
 
 /// For how many seconds a CPU has been stuck, by the kernel's last word on it.

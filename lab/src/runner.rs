@@ -327,9 +327,12 @@ pub fn run_outer(lab: &Lab, tests: &[Test]) -> Tally {
             Ok(Inside::Stuck(done)) if outer < OUTERS => {
                 println!(
                     "         the outer guest got stuck, panicked or reset itself: it is started again, for \
-                     what failed there or was not run"
+                     what was not run, and for what failed last"
                 );
-                for (name, outcome) in done.into_iter().filter(|(_, outcome)| outcome.failed == 0) {
+                // What failed before another test passed has failed. Only behind the last that passed may it
+                // have been the machine that was lost.
+                let sure = done.iter().rposition(|(_, outcome)| outcome.passed == 1);
+                for (name, outcome) in done.into_iter().take(sure.map_or(0, |last| last + 1)) {
                     tally.add(outcome);
                     left.retain(|test| test.name() != name);
                 }

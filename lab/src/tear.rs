@@ -168,7 +168,7 @@ impl Scan {
     pub fn verdict(&self) -> Result<Verdict> {
         let flaws = self.flaws();
         if flaws != Flaws::default() {
-            return Err(failed(format_args!("the image has not the ring as it was: {flaws:?}")));
+            return Err(failed(format_args!("the image has not the ring as it was: {flaws:x?}")));
         }
         let values: Vec<u64> = self.found.values().flatten().copied().collect();
         judge(&values).ok_or_else(|| failed("a ring without words"))

@@ -36,7 +36,8 @@ pub(crate) fn all() -> Outcome<bool> {
         let binaries = release.join().unwrap_or_else(|_| Err("the build panicked".to_owned()));
         (tally, kit, binaries)
     });
-    let (_kit, binaries) = (kit?, binaries?);
+    kit?;
+    let binaries = binaries?;
     tally.add(unit_tests(&["--workspace", "--no-fail-fast"])?);
     tally.add(on_a_prepared_host()?);
     check(&mut tally, "cargo xtask fuzz", || match fuzz::run(&FUZZ)? {

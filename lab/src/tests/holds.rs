@@ -504,7 +504,7 @@ fn a_stuck_thread_ends_a_hold(lab: &Lab) -> Result<()> {
         let (tool, watcher) = start()?;
         let ended = tool.end()?;
         tries += 1;
-        if tries == 5 || ended.status.code() != Some(4) {
+        if tries == 5 || !super::kills::is_refused(&ended) {
             break (ended.expect(1)?, watcher);
         }
         watcher.end()?;

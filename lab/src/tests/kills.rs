@@ -247,7 +247,7 @@ pub(super) fn settle(guest: &mut Guest) -> Result<()> {
 }
 
 /// Whether the hold was thought to become too long.
-fn is_refused(ended: &Ended) -> bool {
+pub(super) fn is_refused(ended: &Ended) -> bool {
     let reason = ended.done("reason");
     let reason = reason.as_str().unwrap_or_default();
     ended.status.code() == Some(4)
