@@ -1132,6 +1132,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_hold_that_did_not_last_and_a_page_that_differed_are_void() {
+        let hold = |lasted| manifest::Hold {
+            kind: manifest::HoldKind::Ptrace,
+            began_ns: 1,
+            held_ns: 2,
+            released_ns: 3,
+            ended_ns: 4,
+            threads: 1,
+            tries: 1,
+            lasted,
+            budget_ns: 5,
+            expected_ns: 3,
+        };
+        let audited = |differing: &[u64]| {
+            Some((manifest::Audit::new(4096, differing), Span { t0_ns: 2, t1_ns: 3 }))
+        };
+        let void = |lasted, audit| Held { hold: hold(lasted), audit }.void().is_some();
+        assert!(!void(true, None) && !void(true, audited(&[])));
+        assert!(void(true, audited(&[0x1000])) && void(false, audited(&[])));
+    }
+
+    #[test]
     fn what_happens_after_the_instant_disturbs_nothing() {
         let told = |name: &str, utc_us| Told { name: name.into(), data: json!(null), utc_us };
         let seen = |events: &[Told], run_state: &str, until_us| {

@@ -56,7 +56,12 @@ pub struct Limits {
     pub hold_at_most: Duration,
 }
 
-/// The process stands still. Lives inside the closure of [`during`] only.
+/// The process stands still. Lives inside the closure of [`during`] only, and on its thread:
+///
+/// ```compile_fail,E0277
+/// fn sent<T: Send>() {}
+/// sent::<host::hold::Hold<'static>>();
+/// ```
 #[derive(Debug)]
 pub struct Hold<'a> {
     tracees: &'a Tracees<'a>,

@@ -122,6 +122,38 @@ fn every_store_keeps_the_second_pass_and_the_differences() {
 }
 
 #[test]
+fn a_page_that_is_not_what_is_kept_of_it_shows_in_the_audit() {
+    let len = index(GUEST.1);
+    let mut own = vec![7u8; len + 4096];
+    let skip = own.as_ptr().align_offset(4096);
+    let source = memory_at(std::process::id(), own[skip..].as_ptr().addr() as u64, guest());
+    let store = ram(guest(), 0x8_0000, &[guest()]);
+    with_work(&source, &store, |work| {
+        let (mut cells, mut scratches) = (cells(guest()), [Scratch::new(), Scratch::new()]);
+        for cell in &mut cells {
+            first(work, cell, &mut scratches[0]).unwrap();
+        }
+        let picked = Picks::new().pages(&cells, 64);
+        let until = Instant::now() + Duration::from_secs(60);
+        let mut audited = || {
+            let same = |number: usize, new: &[u8], old: &mut [u8]| {
+                store.get(picked[number].at, old).is_ok() && new == old
+            };
+            audit(work, &picked, &mut scratches, until, same).0
+        };
+        let calm = audited();
+        assert_eq!((calm.pages, calm.differing), (picked.len() as u64, 0));
+        // One byte of one page.
+        let changed = picked[picked.len() / 2].at.start();
+        own[skip + index(changed - GUEST.0) + 4095] ^= 1;
+        let found = audited();
+        let hits = picked.iter().filter(|pick| pick.at.start() == changed).count() as u64;
+        assert_eq!((found.pages, found.differing), (calm.pages, hits));
+        assert_eq!((found.bound_95, &*found.differing_at[0]), (None, &*format!("{changed:#x}")));
+    });
+}
+
+#[test]
 fn data_that_became_a_hole_is_kept_as_zeros() {
     // Of two blocks the first is data, which is then in the buffers, and the second a hole.
     let range = GuestRange::new(0, 2 << 20).unwrap();
