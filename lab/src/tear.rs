@@ -4,6 +4,10 @@
 //! after store n is a function of n, and a word that holds v does so from store v up to v + L - 1.
 //! An image shows one instant if and only if one n lies in all these intervals:
 //! `max v <= min v + L - 1`. Words are read in whatever order: every word is written in each lap.
+//!
+//! A store is one of 64 bits, a copy need not be: where `rep movsb` goes byte by byte (a translated
+//! CPU does) it can find the low bytes of one store and the high bytes of a later one. Such a word
+//! shows two stores, and so no instant: it is torn by itself ([`Word::halves`]).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,7 +22,7 @@ const MAGIC: &[u8; 16] = b"stillframe ring!";
 /// What the words of one ring in one image say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// L, the number of words.
+    /// L, the number of words; one more for each that shows two stores.
     pub words: u64,
     /// The least value.
     pub min: u64,
@@ -58,7 +62,39 @@ pub struct Word {
     pub lap: u64,
 }
 
+/// Within how many laps a copy has gone on within one word. Each more makes it likelier that a word
+/// that was spoilt otherwise passes for one: with these, some one in a hundred random numbers does.
+const HALVES_WITHIN: u64 = 16;
+
 impl Word {
+    /// What a value says of a word into which the stores `residue`, `residue + lap`, ... go, of which
+    /// the first is `first` at least: the store that it shows; or two, if it can be the low bytes of
+    /// one and the high bytes of a later one; or none.
+    pub fn found(value: u64, lap: u64, residue: u64, first: u64) -> Vec<Self> {
+        let word = |value| Self { value, lap };
+        if value >= first && value.checked_rem(lap) == Some(residue) {
+            return vec![word(value)];
+        }
+        let halves = Self::halves(value, lap, residue).filter(|[early, _]| *early >= first);
+        halves.map_or(vec![], |halves| halves.map(word).to_vec())
+    }
+
+    /// Two stores of which a copy that goes upwards byte by byte makes this value, if there are any.
+    fn halves(value: u64, lap: u64, residue: u64) -> Option<[u64; 2]> {
+        (1..8).find_map(|bytes| {
+            let low = u64::MAX >> (64 - 8 * bytes);
+            let high = value & !low;
+            // The last store before the high bytes became these, and the first after.
+            let before = high.checked_sub(1)?;
+            let before = before.checked_sub((before % lap + lap - residue) % lap)?;
+            let late = before.checked_add(lap)?;
+            let early = (0..HALVES_WITHIN)
+                .map_while(|n| before.checked_sub(n * lap))
+                .find(|early| early & low == value & low)?;
+            (late & !low == high).then_some([early, late])
+        })
+    }
+
     /// The last store after which the word is what it is.
     fn last(&self) -> u64 {
         self.value.saturating_add(self.lap.saturating_sub(1))
@@ -118,7 +154,7 @@ pub struct Flaws {
 pub struct Scan {
     run: u64,
     pages: u32,
-    found: BTreeMap<u32, [u64; 3]>,
+    found: BTreeMap<u32, Vec<Vec<Word>>>,
     flaws: Flaws,
 }
 
@@ -143,13 +179,13 @@ impl Scan {
             self.flaws.misplaced.push(at);
             return;
         }
-        let words = Ring::OFFSETS.map(|offset| u64_at(page, offset));
-        let first = u64::from(index) * 3;
-        let stored_there =
-            |(word, value): &(u64, u64)| *value >= self.words() && value % self.words() == *word;
-        let foreign = (first..).zip(words).filter(|pair| !stored_there(pair));
-        self.flaws.foreign.extend(foreign.collect::<Vec<_>>());
-        if self.found.insert(index, words).is_some() {
+        let (first, lap) = (u64::from(index) * 3, self.words());
+        let values = Ring::OFFSETS.map(|offset| u64_at(page, offset));
+        let found: Vec<_> =
+            (first..).zip(values).map(|(word, value)| Word::found(value, lap, word, lap)).collect();
+        let foreign = (first..).zip(values).zip(&found).filter(|(_, words)| words.is_empty());
+        self.flaws.foreign.extend(foreign.map(|(pair, _)| pair));
+        if self.found.insert(index, found).is_some() {
             self.flaws.duplicate.push(index);
         }
     }
@@ -170,8 +206,8 @@ impl Scan {
         if flaws != Flaws::default() {
             return Err(failed(format_args!("the image has not the ring as it was: {flaws:x?}")));
         }
-        let values: Vec<u64> = self.found.values().flatten().copied().collect();
-        judge(&values).ok_or_else(|| failed("a ring without words"))
+        let words: Vec<Word> = self.found.values().flatten().flatten().copied().collect();
+        judge_words(&words).ok_or_else(|| failed("a ring without words"))
     }
 }
 
@@ -459,6 +495,46 @@ mod tests {
             strange.1[at] = value; // of a ring of another size, beyond the last page
             assert_eq!(flaws(&[strange, second.clone()]).misplaced, [first.0], "{at:#x}");
         }
+    }
+
+    /// The word that showed it: the low byte of one lap and the rest of the next.
+    #[test]
+    fn a_word_of_two_stores_is_torn_and_not_foreign() {
+        let found = |value| {
+            let words = Word::found(value, 720, 614, 720);
+            words.iter().map(|word| word.value).collect::<Vec<_>>()
+        };
+        assert_eq!(found(0x4f68_aee6), [0x4f68_abe6, 0x4f68_aeb6]);
+        assert_eq!(found(0x4f68_abe6), [0x4f68_abe6]);
+        assert!(found(614).is_empty(), "before the first store");
+        let (whole, split) = (page(0, [0x102, 0xfd, 0xfe]), page(0, [0xfc | 0x100, 0xfd, 0xfe]));
+        let second = page(1, [0xff, 0x100, 0x101]);
+        assert!(!scan(&[whole, second.clone()]).verdict().expect("a whole ring").is_torn());
+        let verdict = scan(&[split, second]).verdict().expect("a whole ring");
+        assert!(verdict.is_torn() && verdict.words == 7, "{verdict:?}");
+    }
+
+    /// What a copy byte by byte makes of any two stores that are not far apart is known, and of other
+    /// numbers few pass.
+    #[test]
+    fn words_of_two_stores_are_told_from_others() {
+        let lap = 720u64;
+        for (bytes, laps) in (1..8).flat_map(|bytes| (1..16).map(move |laps| (bytes, laps))) {
+            let low = u64::MAX >> (64 - 8 * bytes);
+            // A little after the high bytes changed, and the store so many laps before.
+            let late = ((3u64 << (8 * bytes)) / lap + 2) * lap + 614;
+            let Some(early) = late.checked_sub(laps * lap).filter(|early| *early > lap) else {
+                continue;
+            };
+            let value = early & low | late & !low;
+            let words = Word::found(value, lap, 614, lap);
+            assert!(!words.is_empty(), "{bytes} bytes, {laps} laps: {value:#x}");
+            let torn = judge_words(&words).expect("there are words").is_torn();
+            assert_eq!(torn, value % lap != 614, "{bytes} bytes, {laps} laps: {value:#x}");
+        }
+        let others = (0..100_000u64).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 24);
+        let pass = others.filter(|&n| !Word::found(n, lap, 614, lap).is_empty()).count();
+        assert!(pass < 3_000, "{pass} of 100000");
     }
 
     #[test]

@@ -221,9 +221,8 @@ impl Run {
             }
         }
         for ((group, index), words) in &self.rings {
-            let wrong =
-                |&(word, value): &(usize, u64)| !self.stored_there(*group, *index, word, value);
-            let wrong = words.iter().copied().enumerate().filter(wrong);
+            let found = self.words(*group, *index, words);
+            let wrong = found.iter().enumerate().filter(|(_, found)| found.is_empty());
             flaws.foreign.extend(wrong.map(|(word, _)| ((RING, *group, *index), word)));
         }
         flaws
@@ -235,27 +234,26 @@ impl Run {
         self.pages.get(&(RING, spread)).copied().unwrap_or(1).max(1).into()
     }
 
-    /// Whether a writer ever stores this number there.
-    fn stored_there(&self, group: u32, index: u32, word: usize, value: u64) -> bool {
-        let (round, place) = (value / ROUND, value % ROUND);
-        let word = u64::try_from(word).unwrap_or(u64::MAX);
+    /// The stores that the words of a page show.
+    fn words(&self, group: u32, index: u32, values: &[u64]) -> Vec<Vec<Word>> {
         let (index, pages) = (u64::from(index), self.spread(group));
-        let here = match group % RINGS {
-            0 => place == index * 3 + word,
-            _ => place == tearpage::PAIR_WORDS + word && round % pages == index,
+        let found = |(word, &value): (u64, &u64)| match group % RINGS {
+            0 => Word::found(value, ROUND, index * 3 + word, ROUND * pages),
+            _ => {
+                let residue = ROUND * index + tearpage::PAIR_WORDS + word;
+                Word::found(value, ROUND * pages, residue, ROUND * pages)
+            }
         };
-        here && round >= pages
+        (0..).zip(values).map(found).collect()
     }
 
     fn report(&self) -> Result<Report> {
         let threads = self.groups.get(&CLOCK).copied().unwrap_or(0);
         let judged = |groups: &[u32]| {
             let mut words = Vec::new();
-            for ((group, _), values) in &self.rings {
+            for ((group, index), values) in &self.rings {
                 if groups.contains(group) {
-                    let pair = group % RINGS == 0;
-                    let lap = if pair { ROUND } else { ROUND * self.spread(*group) };
-                    words.extend(values.iter().map(|&value| Word { value, lap }));
+                    words.extend(self.words(*group, *index, values).into_iter().flatten());
                 }
             }
             judge_words(&words).ok_or_else(|| failed("a thread without words"))
