@@ -22,12 +22,13 @@ pub mod verify;
 pub type Seeds = (&'static str, fn() -> Vec<Vec<u8>>);
 
 /// The seeds of every target.
-pub const SEEDS: [Seeds; 18] = [
+pub const SEEDS: [Seeds; 19] = [
     ("blocks", record::blocks_seeds),
     ("cmdline", process::cmdline_seeds),
     ("dump", dump::seeds),
     ("elf", image::elf_seeds),
     ("gpa2hva", monitor::gpa2hva_seeds),
+    ("graph", monitor::graph_seeds),
     ("journal", record::journal_seeds),
     ("libvirt", libvirt::seeds),
     ("lime", image::lime_seeds),

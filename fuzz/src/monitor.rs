@@ -1,6 +1,7 @@
 //! Texts of the human monitor. Each is read, printed by code of our own here, and read again.
 
 use crate::take;
+use qemu::graph::{Alias, Graph, Leaf};
 use qemu::gpa2hva::{self as answer, Gpa2Hva};
 use qemu::mtree::{Entry, FlatViews, Object, ObjectName};
 use qemu::ramblock as blocks;
@@ -46,6 +47,12 @@ fn print_entry(out: &mut String, entry: &Entry) {
     let word = entry.range_type.word();
     let _ = write!(out, "  {first:016x}-{last:016x} (prio {priority}, {nonvolatile}{word}): ");
     let _ = write!(out, "{name} @{offset:016x}");
+    print_owners(out, &entry.owner, &entry.parent);
+    out.push_str(if entry.orphan { " orphan" } else { "" });
+    out.push_str(if entry.in_kvm { " KVM\r\n" } else { "\r\n" });
+}
+
+fn print_owners(out: &mut String, owner: &Option<Object>, parent: &Option<Object>) {
     let object = |Object { is_device, name }: &Object| {
         let (key, value) = match name {
             ObjectName::Id(value) => ("id", value),
@@ -54,11 +61,9 @@ fn print_entry(out: &mut String, entry: &Entry) {
         };
         format!("{{{} {key}={value}}}", if *is_device { "dev" } else { "obj" })
     };
-    for (label, who) in [("owner", &entry.owner), ("parent", &entry.parent)] {
+    for (label, who) in [("owner", owner), ("parent", parent)] {
         let _ = who.iter().try_for_each(|who| write!(out, " {label}:{}", object(who)));
     }
-    out.push_str(if entry.orphan { " orphan" } else { "" });
-    out.push_str(if entry.in_kvm { " KVM\r\n" } else { "\r\n" });
 }
 
 /// Two views with every form of line.
@@ -82,6 +87,75 @@ FlatView #1
 ";
     let second = text.find("FlatView #1").map_or("", |at| &text[at..]);
     vec![text.into(), second.replace('\n', "\r\n").into()]
+}
+
+/// `info mtree -o -D`
+pub fn graph(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let Ok(graph) = Graph::parse(&text) else { return };
+    let children = graph.nodes.iter().enumerate().flat_map(|(at, node)| {
+        node.children.iter().map(move |child| (at, *child))
+    });
+    for (parent, child) in children {
+        assert!(parent < child && child < graph.nodes.len(), "parents stand before children");
+    }
+    // What the walk finds is shown nowhere, by an empty flat view; and all of it is explained by a view of it.
+    let (Ok(leaves), Ok(hidden)) = (graph.leaves(), graph.hidden(&[])) else { return };
+    for one in &hidden {
+        let whole = |leaf: &Leaf| leaf.range.start() == one.gpa && leaf.range.len() == one.len;
+        assert!(one.by.is_none() && one.shown_at.is_none() && leaves.iter().any(whole));
+    }
+    assert_eq!(graph.unexplained(&[]), Ok(None));
+    assert_eq!(Graph::parse(&print_graph(&graph)), Ok(graph));
+}
+
+fn print_graph(graph: &Graph) -> String {
+    let mut out = String::new();
+    for tree in &graph.trees {
+        for space in &tree.spaces {
+            let _ = write!(out, "address-space: {space}\r\n");
+        }
+        if tree.spaces.is_empty() {
+            let _ = write!(out, "memory-region: {}\r\n", tree.region);
+        }
+        let mut ways: Vec<(usize, usize)> = tree.root.iter().map(|root| (*root, 1)).collect();
+        while let Some((at, depth)) = ways.pop() {
+            let node = &graph.nodes[at];
+            let _ = write!(out, "{:1$}", "", 2 * depth);
+            let nonvolatile = if node.nonvolatile { "nv-" } else { "" };
+            let (first, last, word) = (node.first, node.last, node.range_type.word());
+            let _ = write!(out, "{first:016x}-{last:016x} (prio {}, {nonvolatile}{word}): ", node.priority);
+            match &node.alias {
+                Some(Alias { target, first, last }) => {
+                    let _ = write!(out, "alias {} @{target} {first:016x}-{last:016x}", node.name);
+                }
+                None => out.push_str(&node.name),
+            }
+            out.push_str(if node.enabled { "" } else { " [disabled]" });
+            print_owners(&mut out, &node.owner, &node.parent);
+            out.push_str("\r\n");
+            ways.extend(node.children.iter().rev().map(|child| (*child, depth + 1)));
+        }
+        out.push_str("\r\n");
+    }
+    out
+}
+
+/// Two trees with every form of line.
+pub fn graph_seeds() -> Vec<Vec<u8>> {
+    let text = "\
+address-space: cpu-memory-0
+address-space: memory
+  0000000000000000-ffffffffffffffff (prio 0, i/o): system owner:{obj path=/machine}
+    0000000000000000-000000007fffffff (prio 0, ram): alias low @pc.ram 0000000000000000-000000007fffffff
+    00000000000a0000-00000000000bffff (prio 1, i/o): vga [disabled] owner:{dev id=vga} parent:{obj type=x}
+      00000000000a0000-00000000000affff (prio -1, nv-ram): bank
+
+memory-region: pc.ram
+  0000000000000000-00000000ffffffff (prio 0, ram): pc.ram
+
+";
+    vec![text.into(), text.replace('\n', "\r\n").into()]
 }
 
 /// `x-query-ramblock`, `info ramblock`

@@ -16,6 +16,24 @@ pub fn meminfo_kib(field: &str) -> Result<u64> {
     number_in(Path::new("/proc/meminfo"), field)
 }
 
+/// Bytes in memory of the mapping that holds an address, as `/proc/PID/smaps` counts them.
+pub fn resident_at(pid: u32, address: u64) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps");
+    let text = fs::read_to_string(&path).doing(format_args!("reading {path}"))?;
+    let mut inside = false;
+    for line in text.lines() {
+        let word = line.split_whitespace().next().unwrap_or_default();
+        let ends = word.split_once('-').map(|(a, b)| [a, b].map(|n| u64::from_str_radix(n, 16)));
+        if let Some([Ok(start), Ok(end)]) = ends {
+            inside = (start..end).contains(&address);
+        } else if inside && word == "Rss:" {
+            let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+            return kib.map(|kib| kib * 1024).ok_or_else(|| failed(format_args!("{path}: {line}")));
+        }
+    }
+    Err(failed(format_args!("{address:#x} is mapped by nothing in {path}")))
+}
+
 /// The number behind `FIELD:` in a file of lines such as `/proc/PID/status`.
 pub fn number_in(path: &Path, field: &str) -> Result<u64> {
     let text = fs::read_to_string(path).doing(format_args!("reading {}", path.display()))?;

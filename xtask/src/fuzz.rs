@@ -36,14 +36,15 @@ const LIMITS: [&str; 3] = ["-rss_limit_mb=512", "-timeout=20", "-print_final_sta
 /// Options for one target, in place of [`MAX_LEN`]: 16 edits of 8 bytes, tried from the start.
 const OWN: [(&str, &[&str]); 1] = [("verify", &["-max_len=130", "-len_control=0"])];
 
-/// Real texts that a target begins with: files of this name under [`GOLDEN_DIR`].
-const GOLDEN: [(&str, &str); 3] = [
-    ("mtree", "info-mtree-f.txt"),
-    ("mtree", "info-mtree-f-o.txt"),
-    ("ramblock", "x-query-ramblock.txt"),
+/// Real texts that a target begins with: files of this name under a directory in [`RECORDED`].
+const GOLDEN: [(&str, &str, &str); 4] = [
+    ("graph", "graphs", "graph.txt"),
+    ("mtree", "golden", "info-mtree-f.txt"),
+    ("mtree", "golden", "info-mtree-f-o.txt"),
+    ("ramblock", "golden", "x-query-ramblock.txt"),
 ];
 
-const GOLDEN_DIR: &str = "crates/qemu/tests/golden";
+const RECORDED: &str = "crates/qemu/tests";
 
 /// Lines of a crash that are shown.
 const SHOWN: usize = 60;
@@ -167,8 +168,8 @@ fn progress(line: &str) -> Option<(u64, u64)> {
 /// The real texts that `name` begins with, as far as they are short enough to be changed.
 fn golden(name: &str) -> Outcome<Vec<String>> {
     let mut found = Vec::new();
-    for (_, file) in GOLDEN.iter().filter(|(target, _)| *target == name) {
-        for version in files(&root()?.join(GOLDEN_DIR))? {
+    for (_, what, file) in GOLDEN.iter().filter(|(target, ..)| *target == name) {
+        for version in directories(&root()?.join(RECORDED).join(what))? {
             for machine in files(&version)? {
                 let text = machine.join(file);
                 if fs::metadata(&text)?.len() <= MAX_LEN {
@@ -184,6 +185,11 @@ fn golden(name: &str) -> Outcome<Vec<String>> {
 fn files(directory: &Path) -> Outcome<Vec<PathBuf>> {
     let entries = fs::read_dir(directory).map_err(|e| format!("{}: {e}", directory.display()))?;
     entries.map(|entry| Ok(entry?.path())).collect()
+}
+
+/// The directories among them.
+fn directories(directory: &Path) -> Outcome<Vec<PathBuf>> {
+    Ok(files(directory)?.into_iter().filter(|path| path.is_dir()).collect())
 }
 
 /// What a crashed target said, and how to see it again.
@@ -223,7 +229,7 @@ mod tests {
             assert!(cargo.contains(&path), "{name} is not in fuzz/Cargo.toml");
         }
         assert!(cargo.matches("path = \"fuzz_targets/").count() == names.len());
-        let known = OWN.iter().map(|(name, _)| *name).chain(GOLDEN.iter().map(|(name, _)| *name));
+        let known = OWN.iter().map(|(name, _)| *name).chain(GOLDEN.iter().map(|(name, ..)| *name));
         for name in known {
             assert!(names.iter().any(|target| target == name), "there is no target {name}");
         }

@@ -4,6 +4,7 @@
 //! It holds the branches; the other modules get what they need and do one thing.
 #![forbid(unsafe_code)]
 
+pub mod chart;
 pub mod copy;
 pub mod doctor;
 pub mod draft;
@@ -576,7 +577,7 @@ impl Run {
         let Some(at_most_ns) = plan.registers_ns else { return };
         match stream::dump_head(guardian, Duration::from_nanos(at_most_ns)) {
             Ok(read) => {
-                let registers = dump::registers_of(&read, log, &looked.located.map);
+                let registers = dump::registers_of(&read, log, &looked.located);
                 self.changes.push(record::registers_change(&registers));
                 self.readers_rights.push(read.rights);
                 self.keep_registers(Some((registers, read.bytes)), log);

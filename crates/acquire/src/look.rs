@@ -137,7 +137,7 @@ fn probe(request: &Request, target: Target, log: &Log) -> Result<(Looked, Option
     }
     let read = read.map_err(|error| Failure::Probe(Box::new(error)))?;
     let manifest::Registers { stood, machine, cpus, map_difference, .. } =
-        dump::registers_of(&read, log, &looked.located.map);
+        dump::registers_of(&read, log, &looked.located);
     Ok((looked, Some(Probe { stood, machine, cpus, map_difference })))
 }
 

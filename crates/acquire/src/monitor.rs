@@ -3,10 +3,12 @@
 //!
 //! `plan` asks by itself; in an acquisition only the guardian does.
 
+use crate::chart::More;
 use crate::find::LibvirtDomain;
 use crate::log::Notes;
 use crate::told;
-use qemu::facts::{BlockTimes, Dump, Facts, Migration};
+use qemu::facts::{BlockTimes, Dump, Facts, MemoryDevice, Migration};
+use qemu::graph::Graph;
 use qemu::qmp::{Capability, Change, Exchange};
 use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
@@ -239,6 +241,21 @@ impl Monitor {
 
     fn view(&mut self) -> Result<GuestView, AskError> {
         GuestView::take(&mut self.qmp, QUERY).map_err(|error| AskError::Map(told(&error)))
+    }
+
+    /// What is shown of memory beyond the map. Queries only.
+    ///
+    /// # Errors
+    /// [`AskError::Query`].
+    pub(crate) fn chart(&mut self, devices: &[MemoryDevice]) -> Result<More, AskError> {
+        let query = |error: QmpError| AskError::Query(told(&error));
+        let graph = Graph::take(&mut self.qmp, QUERY).map_err(query)?;
+        let mut facts = self.facts();
+        Ok(More {
+            graph: graph.map_err(|error| told(&error)),
+            arithmetic: qemu::arithmetic::ram(&mut facts, devices).map_err(query)?,
+            balloon: facts.balloon().map_err(query)?,
+        })
     }
 
     /// The run state.

@@ -20,6 +20,8 @@ pub(crate) struct Args {
 pub(crate) enum Verb {
     /// Show the VMs on this host; opens no monitor
     List(List),
+    /// Show a VM's memory: QEMU's graph of regions, the flat view, what the host has behind it
+    Map(Map),
     /// Show what would be done, why, and why not otherwise; changes nothing
     Plan(Plan),
     /// Take an image of a running VM's memory
@@ -52,6 +54,22 @@ pub(crate) struct Recover {
 #[derive(Debug, clap::Args)]
 pub(crate) struct List {
     /// One JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `map`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Map {
+    /// The VM: name, UUID, PID, Proxmox VMID, or the path of a QMP socket
+    pub(crate) vm: String,
+    /// Write the graph and the flat view as a picture
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) graph: Option<PathBuf>,
+    /// Hold the map against the head of QEMU's own dump: QEMU stops the VM for milliseconds
+    #[arg(long)]
+    pub(crate) probe: bool,
+    /// One JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -6,6 +6,7 @@ mod args;
 mod cmd;
 mod exit;
 mod output;
+mod picture;
 
 use args::{Args, Verb};
 use clap::Parser;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     };
     let exit = match args.verb {
         Verb::List(list) => cmd::list::run(&list),
+        Verb::Map(map) => cmd::map::run(&map),
         Verb::Plan(plan) => cmd::plan::run(&plan),
         Verb::Acquire(acquire) => cmd::acquire::run(&acquire),
         Verb::Verify(verify) => cmd::verify::run(&verify),

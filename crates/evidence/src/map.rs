@@ -64,6 +64,19 @@ pub enum Mapping {
     PrivateHugetlb,
 }
 
+impl Mapping {
+    /// For people.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::Shared => "shared",
+            Self::SharedHugetlb => "shared hugetlb",
+            Self::PrivateFile => "private file",
+            Self::PrivateHugetlb => "private hugetlb",
+        }
+    }
+}
+
 /// One range of guest-physical memory that is one thing throughout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

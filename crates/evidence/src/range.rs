@@ -66,6 +66,21 @@ impl GuestRange {
         self.start <= other.start && other.end() <= self.end()
     }
 
+    /// Its first part that lies in none of `others`, which may be in any order and lie over each other.
+    pub fn first_outside(self, others: &[GuestRange]) -> Option<GuestRange> {
+        let mut parts: Vec<GuestRange> =
+            others.iter().filter_map(|other| other.intersect(self)).collect();
+        parts.sort_by_key(|part| part.start());
+        let mut at = self.start();
+        for part in parts {
+            if part.start() > at {
+                return GuestRange::from_ends(at, part.start());
+            }
+            at = at.max(part.end());
+        }
+        GuestRange::from_ends(at, self.end())
+    }
+
     /// What both ranges hold, if anything.
     pub fn intersect(self, other: GuestRange) -> Option<GuestRange> {
         Self::from_ends(self.start.max(other.start), self.end().min(other.end()))
@@ -94,6 +109,14 @@ pub mod hex {
     /// Writes `value` as `"0x..."`.
     pub fn serialize<S: Serializer>(value: &u64, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(&format_args!("{value:#x}"))
+    }
+
+    /// Writes `"0x..."` or null.
+    pub fn optional<S: Serializer>(value: &Option<u64>, s: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => serialize(value, s),
+            None => s.serialize_none(),
+        }
     }
 
     /// Reads `"0x..."`, lower-case digits without leading zeros: one way to write each address.
@@ -131,6 +154,22 @@ mod tests {
         assert_eq!(a.intersect(GuestRange::new(8, 5).unwrap()), GuestRange::new(8, 2));
         assert!(a.covers(GuestRange::new(2, 8).unwrap()));
         assert!(!a.covers(GuestRange::new(2, 9).unwrap()));
+    }
+
+    #[test]
+    fn the_first_part_outside_of_others_is_found() {
+        let range = GuestRange::new(10, 20).unwrap();
+        let outside = |others: &[(u64, u64)]| {
+            let range_of = |&(start, end): &(u64, u64)| GuestRange::from_ends(start, end).unwrap();
+            let part = range.first_outside(&others.iter().map(range_of).collect::<Vec<_>>());
+            part.map(|part| (part.start(), part.end()))
+        };
+        assert_eq!(outside(&[]), Some((10, 30)));
+        assert_eq!(outside(&[(0, 100)]), None);
+        assert_eq!(outside(&[(20, 30), (5, 21)]), None);
+        assert_eq!(outside(&[(20, 29), (10, 20)]), Some((29, 30)));
+        assert_eq!(outside(&[(12, 13), (0, 11), (12, 40)]), Some((11, 12)));
+        assert_eq!(outside(&[(10, 25), (12, 13)]), Some((25, 30)), "within another");
     }
 
     #[test]

@@ -390,6 +390,11 @@ impl GuestMemory {
         }
     }
 
+    /// Pages of the process that KSM has merged; `None` when the kernel does not say.
+    pub fn merged_pages(&self) -> Option<u64> {
+        Ksm::look(&self.process).ok()?.merging
+    }
+
     /// Whether any place is read the way that keeps pages merged by KSM.
     pub fn reads_around_ksm(&self) -> bool {
         self.held.iter().any(|h| matches!(h.reader(), Reader::ProcMem | Reader::ProcMemAndFile))

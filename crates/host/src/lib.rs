@@ -21,6 +21,7 @@ pub mod hold;
 mod kernel_text;
 pub mod maps;
 pub mod memory;
+pub mod numa;
 pub mod oom;
 pub mod own_memory;
 pub mod pagemap;

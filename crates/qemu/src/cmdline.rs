@@ -35,6 +35,19 @@ pub struct CommandLine {
     pub confidential: Option<String>,
     /// `-readconfig`: a file says more than the command line.
     pub reads_config: bool,
+    /// `-numa node`: the guest's NUMA nodes, by their numbers.
+    pub numa: Vec<NumaNode>,
+}
+
+/// A NUMA node of the guest's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NumaNode {
+    /// Its number.
+    pub node: u32,
+    /// Id of the memory backend that is its RAM.
+    pub memdev: Option<String>,
+    /// Its part of the machine's RAM in bytes, where it has no backend of its own.
+    pub memory_bytes: Option<u64>,
 }
 
 /// A monitor.
@@ -172,6 +185,7 @@ impl Reader {
             "qmp" | "qmp-pretty" => self.monitor(Mode::Control, value),
             "monitor" => self.monitor(Mode::Readline, value),
             "readconfig" => self.out.reads_config = true,
+            "numa" => self.numa(value),
             _ => {}
         }
     }
@@ -205,6 +219,38 @@ impl Reader {
         self.chardevs.insert(id.clone(), endpoint);
     }
 
+    /// `-numa node[,nodeid=N][,memdev=ID][,mem=SIZE]`, or the same as JSON.
+    fn numa(&mut self, value: &[u8]) {
+        let node = match json(value) {
+            Some(json) => {
+                let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_owned);
+                let number = |key: &str| json.get(key).and_then(Value::as_u64);
+                (text("type").as_deref() == Some("node")).then(|| NumaNode {
+                    node: number("nodeid")
+                        .and_then(|n| u32::try_from(n).ok())
+                        .unwrap_or(self.next()),
+                    memdev: text("memdev"),
+                    memory_bytes: number("mem"),
+                })
+            }
+            None => {
+                let numa = pairs(value, "type");
+                let get = |key: &str| numa.get(key).map(|value| text(value));
+                (get("type").as_deref() == Some("node")).then(|| NumaNode {
+                    node: get("nodeid").and_then(|n| n.parse().ok()).unwrap_or(self.next()),
+                    memdev: get("memdev"),
+                    memory_bytes: numa.get("mem").and_then(|size| memory_size(size)),
+                })
+            }
+        };
+        self.out.numa.extend(node);
+    }
+
+    /// The number of a node that was given none.
+    fn next(&self) -> u32 {
+        u32::try_from(self.out.numa.len()).unwrap_or(u32::MAX)
+    }
+
     fn object(&mut self, value: &[u8]) {
         let object_type = match json(value) {
             Some(json) => json.get("qom-type").and_then(Value::as_str).map(str::to_owned),
@@ -222,6 +268,7 @@ impl Reader {
     fn finish(self) -> CommandLine {
         let mut out = self.out;
         out.machine = self.machine.get("type").map(|t| text(t));
+        out.numa.sort_by_key(|node| node.node);
         out.memory_bytes = match &self.memory {
             Some(size) => memory_size(size),
             None if self.machine.contains_key("memory-backend") => None,

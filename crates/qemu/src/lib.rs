@@ -10,6 +10,8 @@
 //! libvirt   socket -> domains, and QMP through them  (the same)
 //! facts     qmp -> version, state, sizes, devices    (typed queries)
 //! mtree, ramblock, gpa2hva                           (strict parsers of monitor texts)
+//! graph     the acyclic graph of MemoryRegions; what the flat view hides
+//! arithmetic qom -> where RAM lies               (a second way)
 //! owner     flat range -> what kind of memory it is
 //! view      qmp -> the guest's memory as QEMU sees it
 //! stream    migration stream -> blocks, pages, devices (hostile input)
@@ -18,12 +20,14 @@
 #![forbid(unsafe_code)]
 
 mod ahead;
+pub mod arithmetic;
 pub mod cmdline;
 mod deadline;
 pub mod dump;
 pub mod facts;
 mod frame;
 pub mod gpa2hva;
+pub mod graph;
 pub mod libvirt;
 pub mod mtree;
 pub mod owner;

@@ -20,6 +20,7 @@
 
 use crate::text::{Excerpt, hex};
 use evidence::GuestRange;
+use serde::{Serialize, Serializer};
 use std::fmt;
 
 /// Ranges that all views together may hold; a machine with 256 DIMMs and 100 devices has some
@@ -44,7 +45,7 @@ pub enum RangeType {
 }
 
 impl RangeType {
-    fn parse(word: &str) -> Option<Self> {
+    pub(crate) fn parse(word: &str) -> Option<Self> {
         Some(match word {
             "ram" => Self::Ram,
             "rom" => Self::Rom,
@@ -92,6 +93,18 @@ pub struct Object {
     pub is_device: bool,
     /// Which one.
     pub name: ObjectName,
+}
+
+impl Serialize for Object {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl Serialize for RangeType {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(self.word())
+    }
 }
 
 impl fmt::Display for Object {
@@ -203,7 +216,7 @@ impl FlatViews {
     pub fn parse(text: &str) -> Result<Self, MtreeError> {
         let mut views = Vec::new();
         let mut entries = 0;
-        let mut lines = Lines { lines: text.lines().enumerate().peekable() };
+        let mut lines = Lines::new(text);
         while let Some(line) = lines.next_filled() {
             let number = line
                 .text
@@ -233,27 +246,33 @@ impl FlatViews {
 
 /// A line and its number, counted from 1.
 #[derive(Clone, Copy)]
-struct Line<'a> {
+pub(crate) struct Line<'a> {
     number: usize,
-    text: &'a str,
+    pub(crate) text: &'a str,
 }
 
 impl Line<'_> {
-    fn error(self) -> MtreeError {
+    pub(crate) fn error(self) -> MtreeError {
         MtreeError::Line { number: self.number, text: Excerpt::new(self.text) }
     }
 }
 
-struct Lines<'a> {
+/// The lines of a text.
+pub(crate) struct Lines<'a> {
     lines: std::iter::Peekable<std::iter::Enumerate<std::str::Lines<'a>>>,
 }
 
 impl<'a> Lines<'a> {
-    fn next(&mut self) -> Option<Line<'a>> {
+    pub(crate) fn new(text: &'a str) -> Self {
+        Self { lines: text.lines().enumerate().peekable() }
+    }
+
+    pub(crate) fn next(&mut self) -> Option<Line<'a>> {
         self.lines.next().map(|(index, text)| Line { number: index + 1, text })
     }
 
-    fn next_filled(&mut self) -> Option<Line<'a>> {
+    /// The next one that is not empty.
+    pub(crate) fn next_filled(&mut self) -> Option<Line<'a>> {
         while self.lines.next_if(|(_, text)| text.is_empty()).is_some() {}
         self.next()
     }
@@ -348,19 +367,20 @@ fn parse_entry(line: &str) -> Option<Entry> {
 }
 
 /// QEMU prints addresses with exactly 16 digits.
-fn hex16(digits: &str) -> Option<u64> {
+pub(crate) fn hex16(digits: &str) -> Option<u64> {
     hex(digits).filter(|_| digits.len() == 16)
 }
 
 #[derive(Default)]
-struct Owners {
-    owner: Option<Object>,
-    parent: Option<Object>,
+/// Who a MemoryRegion belongs to.
+pub(crate) struct Owners {
+    pub(crate) owner: Option<Object>,
+    pub(crate) parent: Option<Object>,
     orphan: bool,
 }
 
 /// Takes ` owner:{..}`, ` parent:{..}` or ` orphan` off the line's end; without `-o` there is none.
-fn take_owners(line: &str) -> Option<(&str, Owners)> {
+pub(crate) fn take_owners(line: &str) -> Option<(&str, Owners)> {
     let mut owners = Owners::default();
     if let Some(rest) = line.strip_suffix(" orphan") {
         owners.orphan = true;

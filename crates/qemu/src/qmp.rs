@@ -216,6 +216,8 @@ pub enum Hmp {
     InfoMtreeFlat,
     /// `info mtree -f -o`
     InfoMtreeFlatOwners,
+    /// `info mtree -o -D`
+    InfoMtreeGraph,
     /// `info ramblock`
     InfoRamblock,
     /// `info registers -a`
@@ -230,6 +232,7 @@ impl Hmp {
         match self {
             Self::InfoMtreeFlat => "info mtree -f".into(),
             Self::InfoMtreeFlatOwners => "info mtree -f -o".into(),
+            Self::InfoMtreeGraph => "info mtree -o -D".into(),
             Self::InfoRamblock => "info ramblock".into(),
             Self::InfoRegisters => "info registers -a".into(),
             Self::Gpa2Hva(gpa) => format!("gpa2hva {gpa:#x}"),

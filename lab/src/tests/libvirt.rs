@@ -81,6 +81,11 @@ fn a_domain_is_imaged_by_every_method(lab: &Lab) -> Result<()> {
     assert!(plan.stdout.contains("custom-monitor"), "{}", plan.stdout);
     assert!(plan.stderr.contains("custom-monitor"), "not said before: {}", plan.stderr);
 
+    let (chart, said) = super::map::chart(lab, NAME)?;
+    assert!(said.contains("custom-monitor"), "not said: {said}");
+    assert_eq!((&chart["vm"]["name"], &chart["vm"]["pid"]), (&NAME.into(), &domain.pid.into()));
+    domain.assert_as_found().doing("map")?;
+
     // As on a stock Debian host.
     let denied = Userfaults::set("0")?;
     let refused = lab.tool(["plan", NAME, "--method", "snapshot"])?.expect_code(4)?;

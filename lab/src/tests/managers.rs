@@ -137,6 +137,13 @@ fn proxmox_gets_its_monitor_all_the_time(lab: &Lab) -> Result<()> {
         // One group of questions; Proxmox itself waits for three seconds.
         assert!(longest < Duration::from_secs(2), "{method}: {longest:?}");
     }
+    let poller = Poller::start(guest.qmp_tool());
+    for _ in 0..20 {
+        super::map::chart(lab, &vm)?;
+    }
+    let (asked, longest) = poller.end()?;
+    println!("         map: asked {asked} times meanwhile, waited {longest:?} at most");
+    assert!(asked > 3 && longest < Duration::from_secs(2), "{asked} times, {longest:?}");
     let refused = lab.tool(["plan", &vm, "--method", "pmemsave"])?.expect_code(4)?;
     assert!(refused.stderr.contains("Proxmox needs it too"), "{}", refused.stderr);
     guest.finish()

@@ -12,6 +12,7 @@ mod kills;
 mod libvirt;
 mod live;
 mod managers;
+mod map;
 mod outer;
 mod pmemsave;
 mod rights;
@@ -29,6 +30,7 @@ pub(crate) fn all() -> Vec<Test> {
     [
         harness::TESTS,
         live::TESTS,
+        map::TESTS,
         footprint::TESTS,
         cli::TESTS,
         faults::TESTS,

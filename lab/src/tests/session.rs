@@ -47,6 +47,8 @@ fn listed(lab: &Lab, domain: &Domain, session: &Session) -> Result<Value> {
 
 /// Images the domain by each method, and demands that it is as before after each.
 fn image(lab: &Lab, domain: &Domain, session: &Session, methods: &[Method]) -> Result<()> {
+    super::map::chart(lab, NAME)?;
+    domain.assert_as_found().doing("map")?;
     let out = new_dir(lab, "exhibits")?;
     for (method, flags, class) in methods {
         let mut command = lab.tool_command(["acquire", "--method", method, "--json"])?;

@@ -11,6 +11,7 @@ use super::stream::{Destination, DumpHead, Taking};
 use crate::copy::{Cell, Cut};
 use crate::guardian::{DumpBegun, DumpEnd, Guardian, GuardianError};
 use crate::log::Log;
+use crate::map::Located;
 use crate::plan::PlannedDump;
 use crate::reader::{Head, Kind, Whole};
 use evidence::manifest::{self, HoldKind, Registers, RegistersSource};
@@ -107,7 +108,8 @@ pub fn dump(
     let stood = Span { t0_ns: hold.held_ns, t1_ns: hold.released_ns };
     let head = whole.and_then(|whole| {
         let head = whole.head.as_ref()?;
-        Some((registers(head, RegistersSource::Dump, stood, true, map), taking.state(whole)))
+        let of = (map, &into.pluggable[..]);
+        Some((registers(head, RegistersSource::Dump, stood, true, of), taking.state(whole)))
     });
     let dump = record(end.as_ref().ok(), whole, taking.longest_wait_ns());
     if dump.status.is_none() {
@@ -210,7 +212,7 @@ fn registers(
     source: RegistersSource,
     stood: Span,
     of_tau: bool,
-    map: &MemoryMap,
+    (map, pluggable): (&MemoryMap, &[GuestRange]),
 ) -> Registers {
     Registers {
         source,
@@ -219,51 +221,37 @@ fn registers(
         machine: head.machine.clone(),
         cpus: head.cpus.clone(),
         guest_note: head.guest_note,
-        map_difference: map_difference(&head.memory, map),
+        map_difference: map_difference(&head.memory, map, pluggable),
         file: evidence::exhibit::DUMP_HEAD.to_owned(),
     }
 }
 
 /// What the manifest says of the head of a dump that was read for its own sake.
-pub fn registers_of(read: &DumpHead, log: &Log, map: &MemoryMap) -> Registers {
+pub fn registers_of(read: &DumpHead, log: &Log, located: &Located) -> Registers {
     let (begun, end) = &read.stood;
     // Some time between command and end: it is not known better, and about a millisecond.
     let stood = Span { t0_ns: log.since_ns(begun.began_ns), t1_ns: log.since_ns(end.ended_ns) };
-    registers(&read.head, RegistersSource::HeaderOnlyDump, stood, false, map)
+    let of = (&located.map, &located.pluggable()[..]);
+    registers(&read.head, RegistersSource::HeaderOnlyDump, stood, false, of)
 }
 
 /// How the memory that QEMU's dump names (start and length) differs from the map's imaged memory; NVDIMMs
-/// are in the dump and not in the image. `None`: it does not.
-pub fn map_difference(dumped: &[(u64, u64)], map: &MemoryMap) -> Option<String> {
+/// are in the dump and not in the image. Of `pluggable` memory the dump has what is plugged. `None`: it does
+/// not differ.
+pub fn map_difference(
+    dumped: &[(u64, u64)],
+    map: &MemoryMap,
+    pluggable: &[GuestRange],
+) -> Option<String> {
     let range = |&(start, len): &(u64, u64)| GuestRange::new(start, len);
-    let mut dumped: Vec<GuestRange> = dumped.iter().filter_map(range).collect();
-    dumped.sort_by_key(|range| range.start());
-    let dumped = joined(&dumped);
-    let imaged: Vec<GuestRange> = map.imaged().map(|(_, range)| range).collect();
-    let imaged = joined(&imaged);
-    let inside = |range: &GuestRange, all: &[GuestRange]| all.iter().any(|one| one.covers(*range));
-    if let Some(missing) = imaged.iter().find(|range| !inside(range, &dumped)) {
-        return Some(format!("the map has {missing}, and QEMU's dump does not have all of it"));
+    let dumped: Vec<GuestRange> = dumped.iter().filter_map(range).collect();
+    let there = [&dumped, pluggable].concat();
+    if let Some(missing) = map.imaged().find_map(|(_, range)| range.first_outside(&there)) {
+        return Some(format!("the map has {missing}, and QEMU's dump does not"));
     }
     let known: Vec<GuestRange> = map.regions().iter().filter_map(evidence::Region::range).collect();
-    let known = joined(&known);
-    let new = dumped.iter().find(|range| !inside(range, &known))?;
-    Some(format!("QEMU's dump has {new}, and the map does not have all of it"))
-}
-
-/// Ascending ranges, those that touch as one.
-fn joined(ranges: &[GuestRange]) -> Vec<GuestRange> {
-    let mut out: Vec<GuestRange> = Vec::new();
-    for range in ranges {
-        match out.last_mut() {
-            Some(last) if last.end() >= range.start() => {
-                let end = last.end().max(range.end());
-                *last = GuestRange::from_ends(last.start(), end).unwrap_or(*last);
-            }
-            _ => out.push(*range),
-        }
-    }
-    out
+    let new = dumped.iter().find_map(|range| range.first_outside(&known))?;
+    Some(format!("QEMU's dump has {new}, and the map does not"))
 }
 
 #[cfg(test)]
@@ -296,13 +284,18 @@ mod tests {
             region(1 << 33, 1 << 20, RegionKind::Nvdimm),
         ];
         let map = MemoryMap::new(regions).unwrap();
-        let differs = |dumped: &[(u64, u64)]| map_difference(dumped, &map);
+        let differs = |dumped: &[(u64, u64)]| map_difference(dumped, &map, &[]);
         let whole = [(0, 1 << 20), (1 << 32, 1 << 20)];
         assert_eq!(differs(&whole), None);
         // Cut otherwise, in another order, and with what is in the map and not in the image.
         let cut = [(1 << 33, 1 << 20), (1 << 32, 1 << 20), (0x1000, 0xff000), (0, 0x1000)];
         assert_eq!(differs(&cut), None);
-        assert!(differs(&whole[..1]).unwrap().starts_with("the map has"));
+        let less = [whole[0], (1 << 32, 1 << 19)];
+        let told = differs(&less).unwrap();
+        assert!(told.starts_with("the map has 0x100080000-0x1000fffff, and"), "{told}");
+        let pluggable = [GuestRange::new(1 << 32, 1 << 20).unwrap()];
+        assert_eq!(map_difference(&less, &map, &pluggable), None, "not plugged in");
+        assert!(map_difference(&less[1..], &map, &pluggable).is_some());
         let more = [whole[0], whole[1], (1 << 34, 0x1000)];
         assert!(differs(&more).unwrap().starts_with("QEMU's dump has"));
     }

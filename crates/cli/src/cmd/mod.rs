@@ -3,6 +3,7 @@
 pub(crate) mod acquire;
 pub(crate) mod doctor;
 pub(crate) mod list;
+pub(crate) mod map;
 pub(crate) mod plan;
 pub(crate) mod recover;
 pub(crate) mod verify;
