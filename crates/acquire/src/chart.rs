@@ -1,22 +1,37 @@
 //! A guest's memory, to be looked at: QEMU's graph of MemoryRegions, the flat view drawn from it, what the
-//! host keeps behind each region, and the ways to the map held against each other. Changes nothing,
-//! reads no guest memory.
+//! host keeps behind each region, and the ways to the map held against each other. Reads no guest memory,
+//! and changes nothing, but that the guest stands for milliseconds for a probe.
 
-use crate::find::{self, Row};
-use crate::look::Probe;
+use crate::find::{self, Row, Target};
+use crate::guardian::Guardian;
+use crate::log::{Log, Notes};
+use crate::look::{self, Probe};
 use crate::map::{self, Located};
-use crate::monitor::{Monitor, VmFacts};
-use crate::plan::TAINT;
-use crate::{Failure, Request, log, look, told};
+use crate::method::{dump, stream};
+use crate::monitor::{Asked, Monitor, VmFacts};
+use crate::plan::{self, Facts, Refusal, TAINT};
+use crate::{Failure, told};
+use evidence::manifest::Registers;
+use evidence::map::Mapping;
 use evidence::range::hex;
 use evidence::{GuestRange, Kind, Region};
 use host::Process;
 use host::numa::{self, NumaMap};
-use qemu::facts::{MemoryDevice, MemorySize};
-use qemu::graph::{Graph, Hidden, MEMORY};
+use qemu::facts::{DeviceType, MemoryDevice, MemorySize};
+use qemu::graph::{Graph, Hidden};
 use qemu::{FlatViews, RamBlock};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// What is to be shown.
+#[derive(Clone, Debug, Default)]
+pub struct Wish {
+    /// Also hold the map against the head of QEMU's dump: QEMU stops the guest for it, at most so long.
+    pub probe: Option<Duration>,
+    /// Also say on which of the host's NUMA nodes the pages lie.
+    pub host_nodes: bool,
+}
 
 /// All that `stillframe map` shows.
 #[derive(Clone, Debug, Serialize)]
@@ -27,17 +42,17 @@ pub struct Chart {
     pub qemu: VmFacts,
     /// Sizes of the guest's memory.
     pub size: MemorySize,
-    /// Bytes of RAM that the balloon leaves the guest; null without a balloon.
+    /// Bytes of RAM that the balloon leaves the guest, plugged in ones among them; null without a balloon.
     pub balloon_bytes: Option<u64>,
     /// The flat view: what answers where, as far as it is memory. Ascending.
     pub regions: Vec<Charted>,
-    /// RAM and ROM that lie under something else.
-    pub hidden: Vec<Hidden>,
+    /// Memory that lies under something else; null when it is not known: see `warnings`.
+    pub hidden: Option<Vec<Hidden>>,
     /// QEMU's RAMBlocks.
     pub blocks: Vec<Block>,
     /// The memory devices.
-    pub devices: Vec<MemoryDevice>,
-    /// Pages of the process that KSM has merged; null when the kernel does not say.
+    pub devices: Vec<Device>,
+    /// Pages of the process that KSM has merged; null when the kernel does not say, or this user may not look.
     pub ksm_pages: Option<u64>,
     /// QEMU's graph; null when its text is not understood: see `warnings`.
     pub graph: Option<Graph>,
@@ -58,7 +73,8 @@ pub struct Charted {
     /// Its address in QEMU's process; null of what is not read.
     #[serde(serialize_with = "hex::optional")]
     pub hva: Option<u64>,
-    /// The guest's NUMA node; null when the machine has none.
+    /// The guest's NUMA node, as QEMU's command line gives it to the RAMBlock; null when that gives none, or
+    /// more than one.
     pub node: Option<u32>,
     /// Whether it is in the image, and why or why not.
     pub image: Decision,
@@ -78,24 +94,73 @@ pub struct Decision {
 /// A region's bytes by where they are. An estimate: the guest runs on.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Pages {
-    /// In memory, or in the file that lies behind.
-    pub resident_bytes: u64,
-    /// In swap.
-    pub swapped_bytes: u64,
-    /// Nowhere: never touched, or given back.
+    /// The host has them: in memory, in swap, or in the file that lies behind.
+    pub kept_bytes: u64,
+    /// Of these, in swap; null of shared memory, for which the kernel tells it for a whole mapping alone.
+    pub swapped_bytes: Option<u64>,
+    /// The host has nothing: never touched, or given back.
     pub hole_bytes: u64,
+    /// Of virtio-mem: much of that may not be plugged in.
+    pub pluggable: bool,
 }
 
 /// A RAMBlock, and where the host has its pages.
 #[derive(Clone, Debug, Serialize)]
 pub struct Block {
-    /// QEMU's word.
-    #[serde(flatten)]
-    pub block: RamBlock,
-    /// The host's memory policy for the mapping; null when the kernel does not say.
+    /// QEMU's name; empty for virtio-pmem.
+    pub name: String,
+    /// Bytes in use.
+    pub used_bytes: u64,
+    /// Bytes reserved.
+    pub total_bytes: u64,
+    /// Size of a page in bytes.
+    pub page_bytes: u64,
+    /// Its address in QEMU's process, where it is known.
+    #[serde(serialize_with = "hex::optional")]
+    pub hva: Option<u64>,
+    /// The host's memory policy for the mapping; null when it was not asked for, or the kernel does not say.
     pub policy: Option<String>,
-    /// Bytes on each of the host's NUMA nodes.
-    pub nodes: BTreeMap<u32, u64>,
+    /// Bytes on each of the host's NUMA nodes; null likewise.
+    pub nodes: Option<BTreeMap<u32, u64>>,
+}
+
+/// A memory device.
+#[derive(Clone, Debug, Serialize)]
+pub struct Device {
+    /// QEMU's word: `dimm`, `virtio-mem`.
+    pub device: String,
+    /// The user's id.
+    pub id: Option<String>,
+    /// Guest-physical address.
+    #[serde(serialize_with = "hex::optional")]
+    pub addr: Option<u64>,
+    /// Bytes that it gives the guest now.
+    pub size_bytes: Option<u64>,
+    /// virtio-mem: bytes that it can give.
+    pub max_bytes: Option<u64>,
+    /// Object path of its backend.
+    pub backend: Option<String>,
+}
+
+impl From<&MemoryDevice> for Device {
+    fn from(device: &MemoryDevice) -> Self {
+        Self {
+            device: match &device.device_type {
+                DeviceType::Dimm => "dimm",
+                DeviceType::Nvdimm => "nvdimm",
+                DeviceType::VirtioMem => "virtio-mem",
+                DeviceType::VirtioPmem => "virtio-pmem",
+                DeviceType::SgxEpc => "sgx-epc",
+                DeviceType::Other(word) => word,
+            }
+            .to_owned(),
+            id: device.id.clone(),
+            addr: device.addr,
+            size_bytes: device.size,
+            max_bytes: device.max_size,
+            backend: device.memdev.clone(),
+        }
+    }
 }
 
 /// A way to the map.
@@ -109,35 +174,23 @@ pub struct Route {
     pub not_had: Option<String>,
 }
 
-/// Looks at the VM's memory; `probe`: also at the head of QEMU's dump, for which QEMU stops the guest for
-/// milliseconds.
+/// Looks at the VM's memory.
 ///
 /// # Errors
 /// [`Failure`] when the VM cannot be looked at.
-pub fn chart(vm: &str, probe: bool) -> Result<Chart, Failure> {
-    let request = Request { vm: vm.to_owned(), probe, ..Request::default() };
-    let probe = match probe {
-        true => look::survey(&request)?.probe,
-        false => None,
-    };
+pub fn chart(vm: &str, wish: &Wish) -> Result<Chart, Failure> {
     let target = find::one(vm)?;
     let whom = target.whom();
-    let mut monitor = Monitor::open(&whom, &log::Notes::default())?;
-    let asked = monitor.look(&whom)?;
-    let mut warnings: Vec<String> =
-        asked.skipped.iter().map(|text| format!("monitor skipped: {text}")).collect();
-    if target.through.is_some() {
-        warnings.push(TAINT.to_owned());
-    }
-    let Some(view) = asked.view else {
-        let why = asked.confidential.unwrap_or_default();
-        return Err(Failure::Refused(crate::plan::Refusal {
-            reason: format!("the guest's memory is hidden from the host: {why}"),
-            rejected: Vec::new(),
-            remedies: Vec::new(),
-        }));
+    let mut monitor = Monitor::open(&whom, &Notes::default())?;
+    let mut asked = monitor.look(&whom)?;
+    let mut warnings = before(&target);
+    warnings.extend(asked.skipped.iter().map(|text| format!("monitor skipped: {text}")));
+    let Some(view) = asked.view.take() else {
+        let facts = Facts { confidential: asked.confidential, ..Facts::default() };
+        let refusal = plan::refuse_unreadable(&facts).err();
+        return Err(Failure::Refused(refusal.unwrap_or_else(|| Refusal::new("no map", &[]))));
     };
-    let more = monitor.chart(&view.devices)?;
+    let (view, more) = monitor.chart(view)?;
     // Others may need it: what the host has behind the guest's memory takes its time.
     drop(monitor);
     let (located, memory) = map::locate(view, &target.process)?;
@@ -145,72 +198,166 @@ pub fn chart(vm: &str, probe: bool) -> Result<Chart, Failure> {
     if let Some(why) = &located.unseen {
         warnings.push(format!("what the host has behind it may not be looked at: {why}"));
     }
-    let mut usage = usage.iter().filter(|_| located.unseen.is_none());
-    let nodes = Nodes::of(&target.cmdline.numa, &located);
-    let regions = located.map.regions().iter().zip(&located.view.regions);
-    let regions: Vec<Charted> = regions
-        .map(|(region, place)| {
-            let used = if region.kind.in_image() { usage.next() } else { None };
-            Charted {
-                region: region.clone(),
-                hva: place.hva,
-                node: nodes.node(region),
-                image: decision(region.kind),
-                pages: used.map(|used| Pages {
-                    resident_bytes: used.resident - used.swapped.min(used.resident),
-                    swapped_bytes: used.swapped,
-                    hole_bytes: region.len.saturating_sub(used.resident),
-                }),
-            }
-        })
-        .collect();
-    let views = FlatViews::parse(&located.view.mtree).ok();
-    let memory_view = views.as_ref().and_then(|views| views.memory().ok());
-    let (graph, drawn, hidden) = match (more.graph, memory_view) {
-        (Err(why), _) => {
-            warnings.push(format!("QEMU's graph: {why}"));
-            let why = "QEMU's graph is not understood".to_owned();
-            (None, Err(why.clone()), Err(why))
-        }
-        (Ok(graph), None) => {
-            let why = "no flat view".to_owned();
-            (Some(graph), Err(why.clone()), Err(why))
-        }
-        (Ok(graph), Some(view)) => {
-            let (drawn, hidden) = (graph.unexplained(&view.entries), graph.hidden(&view.entries));
-            (Some(graph), drawn, hidden)
-        }
+    let probe = match wish.probe {
+        Some(at_most) => probe(&target, &asked, &located, at_most)?,
+        None => Err("not asked for: --probe".to_owned()),
     };
-    let routes = routes(&located, &drawn, &hidden, more.arithmetic, probe.as_ref());
-    let hidden = hidden.unwrap_or_else(|why| {
+    let drawn = drawn(&more.graph, &located);
+    if let Err(why) = &drawn.hidden {
         warnings.push(format!("what is hidden is not known: {why}"));
-        Vec::new()
-    });
+    }
+    if let Err(why) = &more.balloon {
+        warnings.push(format!("the balloon: {why}"));
+    }
+    let unknown = drawn.unknown.iter();
+    warnings.extend(
+        unknown.map(|(range, alias)| format!("what {alias:?} shows at {range} is not known")),
+    );
+    let nodes = Nodes::of(&target.cmdline.numa, &located, more.backend.as_deref());
+    let regions = regions(&located, &usage, &nodes);
+    let routes = routes(&located, &drawn, more.arithmetic, probe.as_ref());
     Ok(Chart {
-        blocks: blocks(&located, &target.process, &mut warnings),
+        blocks: blocks(&located, &target.process, wish.host_nodes, &mut warnings),
         ksm_pages: memory.merged_pages(),
         vm: target.row,
         qemu: asked.vm,
         size: located.view.size,
-        balloon_bytes: more.balloon,
-        devices: located.view.devices.clone(),
+        balloon_bytes: more.balloon.ok().flatten(),
+        devices: located.view.devices.iter().map(Device::from).collect(),
         regions,
-        hidden,
-        graph,
+        hidden: drawn.hidden.ok(),
+        graph: more.graph.ok(),
         routes,
-        probe,
+        probe: probe.ok(),
         warnings,
     })
 }
 
-/// What is asked of QEMU beyond the map.
+/// What is to be said before a VM is asked anything.
+///
+/// # Errors
+/// The VM is not found.
+pub fn warnings_before(vm: &str) -> Result<Vec<String>, Failure> {
+    Ok(before(&find::one(vm)?))
+}
+
+fn before(target: &Target) -> Vec<String> {
+    let unknown = |text: &String| format!("whether the VM is libvirt's could not be asked: {text}");
+    let taint = target.through.is_some().then(|| TAINT.to_owned());
+    taint.into_iter().chain(target.silent.iter().map(unknown)).collect()
+}
+
+/// Asks for the head of QEMU's dump. As that stops the guest, it is done as an acquisition is: by a guardian,
+/// which lets go whatever happens. The inner error is why it was not asked for, or not had.
+fn probe(
+    target: &Target,
+    asked: &Asked,
+    located: &Located,
+    at_most: Duration,
+) -> Result<Result<Probe, String>, Failure> {
+    let facts = Facts {
+        run_state: asked.vm.run_state.clone(),
+        migration: asked.migration.clone(),
+        through_libvirt: target.through.is_some(),
+        locked_for: target.row.proxmox.as_ref().and_then(|vm| vm.lock.clone()),
+        image_bytes: located.map.imaged_len(),
+        dump_unfit: look::dump_unfit(&asked.vm.arch, located),
+        ..Facts::default()
+    };
+    if let Err(refusal) = plan::refuse_unreadable(&facts).and_then(|()| plan::can_dump(&facts)) {
+        return Ok(Err(refusal.reason));
+    }
+    let log = Log::begin();
+    let mut guardian = match Guardian::start(target, &log) {
+        Ok(guardian) => guardian,
+        Err(Failure::Refused(refusal)) => return Ok(Err(refusal.reason)),
+        Err(other) => return Err(other),
+    };
+    let before = guardian.look().map(|asked| asked.view);
+    let read = stream::dump_head(&mut guardian, at_most);
+    let after = guardian.again().map(|again| Some(again.view));
+    let parting = guardian.bye();
+    if let Some(what) = parting.not_as_found {
+        return Err(Failure::NotAsFound(what));
+    }
+    let read = match read {
+        Err(error) => return Ok(Err(told(&error))),
+        Ok(read) => read,
+    };
+    let Registers { stood, machine, cpus, map_difference, .. } =
+        dump::registers_of(&read, &log, located);
+    for view in [before, after] {
+        match view {
+            Err(error) => return Ok(Err(told(&error))),
+            Ok(Some(view)) if view.same_memory(&located.view) => {}
+            Ok(_) => return Ok(Err("the guest changed its map meanwhile".to_owned())),
+        }
+    }
+    Ok(Ok(Probe { stood, machine, cpus, map_difference }))
+}
+
+/// What is asked of QEMU beyond the map; in place of each, why QEMU did not say.
 pub(crate) struct More {
-    /// The graph, or why its text is not understood.
+    /// The graph.
     pub(crate) graph: Result<Graph, String>,
     /// RAM by the objects' addresses; `None` for a machine that shows it in another way.
-    pub(crate) arithmetic: Option<Vec<GuestRange>>,
+    pub(crate) arithmetic: Result<Option<Vec<GuestRange>>, String>,
+    /// Object path of the backend that is the machine's RAM, where there is one.
+    pub(crate) backend: Option<String>,
     /// Bytes that the balloon leaves the guest.
-    pub(crate) balloon: Option<u64>,
+    pub(crate) balloon: Result<Option<u64>, String>,
+}
+
+/// What the graph says of the flat view.
+struct Drawn {
+    difference: Result<Option<String>, String>,
+    hidden: Result<Vec<Hidden>, String>,
+    unknown: Vec<(GuestRange, String)>,
+}
+
+fn drawn(graph: &Result<Graph, String>, located: &Located) -> Drawn {
+    let views = FlatViews::parse(&located.view.mtree).map_err(|error| told(&error));
+    let entries = match (graph, &views) {
+        (Err(why), _) => Err(format!("QEMU's graph: {why}")),
+        (_, Err(why)) => Err(why.clone()),
+        (Ok(graph), Ok(views)) => match views.memory() {
+            Ok(memory) => Ok((graph, &memory.entries)),
+            Err(error) => Err(told(&error)),
+        },
+    };
+    match entries {
+        Err(why) => Drawn { difference: Err(why.clone()), hidden: Err(why), unknown: Vec::new() },
+        Ok((graph, entries)) => Drawn {
+            difference: graph.difference(entries),
+            hidden: graph.hidden(entries),
+            unknown: graph.leaves().map_or_else(|_| Vec::new(), |leaves| leaves.unknown),
+        },
+    }
+}
+
+fn regions(located: &Located, usage: &[host::guest_memory::Usage], nodes: &Nodes) -> Vec<Charted> {
+    let pluggable = located.pluggable();
+    let mut usage = usage.iter().filter(|_| located.unseen.is_none());
+    let charted = |region: &Region, hva: Option<u64>| {
+        let used = if region.kind.in_image() { usage.next() } else { None };
+        let shared = matches!(region.mapping, Some(Mapping::Shared | Mapping::SharedHugetlb));
+        let of_device = |range: GuestRange| pluggable.iter().any(|device| device.covers(range));
+        Charted {
+            region: region.clone(),
+            hva,
+            node: nodes.node(region),
+            image: decision(region.kind),
+            pages: used.map(|used| Pages {
+                kept_bytes: used.resident,
+                swapped_bytes: (!shared).then_some(used.swapped),
+                hole_bytes: region.len.saturating_sub(used.resident),
+                pluggable: region.range().is_some_and(of_device),
+            }),
+        }
+    };
+    let all = located.map.regions().iter().zip(&located.view.regions);
+    let mut charted = charted;
+    all.map(|(region, place)| charted(region, place.hva)).collect()
 }
 
 fn decision(kind: Kind) -> Decision {
@@ -233,40 +380,55 @@ struct Nodes {
     backends: BTreeMap<String, u32>,
 }
 
-/// QEMU's answer, as the map names a RAMBlock's memory device.
+/// QEMU's answer on a memory device.
 fn node_of(device: &MemoryDevice) -> Option<u32> {
     u32::try_from(device.raw.pointer("/data/node")?.as_u64()?).ok()
 }
 
+/// The id of a backend by its object path, or by the name that RAMBlocks have where they are called by it.
+fn id_of(path: &str) -> &str {
+    path.strip_prefix("/objects/").unwrap_or(path)
+}
+
 impl Nodes {
-    fn of(numa: &[qemu::cmdline::NumaNode], located: &Located) -> Self {
+    fn of(numa: &[qemu::cmdline::NumaNode], located: &Located, machine: Option<&str>) -> Self {
         let mut backends: BTreeMap<String, u32> = BTreeMap::new();
-        for device in &located.view.devices {
-            let id = device.memdev.as_deref().and_then(|path| path.strip_prefix("/objects/"));
-            if !numa.is_empty()
-                && let (Some(id), Some(node)) = (id, node_of(device))
-            {
-                backends.insert(id.to_owned(), node);
+        for device in located.view.devices.iter().filter(|_| !numa.is_empty()) {
+            if let (Some(path), Some(node)) = (&device.memdev, node_of(device)) {
+                backends.insert(id_of(path).to_owned(), node);
             }
         }
         backends.extend(numa.iter().filter_map(|one| Some((one.memdev.clone()?, one.node))));
-        let sizes = numa.iter().filter_map(|one| Some((one.node, one.memory_bytes?))).collect();
-        Self { sizes, backends }
+        let sizes: Vec<(u32, u64)> =
+            numa.iter().filter_map(|one| Some((one.node, one.memory_bytes?))).collect();
+        // The machine's one block, cut among the nodes; a single node has all of it.
+        let Some(machine) = machine.map(id_of) else { return Self { sizes: Vec::new(), backends } };
+        if let ([one], []) = (numa, &sizes[..]) {
+            backends.entry(machine.to_owned()).or_insert(one.node);
+        }
+        let block = located.view.blocks.iter().find(|block| id_of(&block.name) == machine);
+        let sum = sizes.iter().fold(0u64, |sum, (_, size)| sum.saturating_add(*size));
+        let whole = block.is_some_and(|block| block.total == sum) && sizes.len() == numa.len();
+        Self { sizes: if whole { sizes } else { Vec::new() }, backends }
     }
 
     fn node(&self, region: &Region) -> Option<u32> {
         if region.kind != Kind::Ram {
             return None;
         }
-        let block = region.block.as_deref()?;
-        if let Some(node) = self.backends.get(block) {
+        // virtio-mem's backends have the device's path before their id.
+        let block = id_of(region.block.as_deref()?);
+        let id = block.rsplit('/').next().unwrap_or(block);
+        if let Some(node) = self.backends.get(block).or_else(|| self.backends.get(id)) {
             return Some(*node);
         }
-        // One block, cut among the nodes in their order; a region that lies in two has none.
-        let mut from = 0u64;
+        if self.backends.contains_key(block) || region.block.as_deref()?.contains('/') {
+            return None;
+        }
+        let (mut from, end) = (0u64, region.block_offset.saturating_add(region.len));
         for (node, size) in &self.sizes {
             let to = from.saturating_add(*size);
-            if region.block_offset >= from && region.block_offset.saturating_add(region.len) <= to {
+            if region.block_offset >= from && end <= to {
                 return Some(*node);
             }
             from = to;
@@ -275,74 +437,96 @@ impl Nodes {
     }
 }
 
-/// The RAMBlocks with the host's word on their pages.
-fn blocks(located: &Located, process: &Process, warnings: &mut Vec<String>) -> Vec<Block> {
-    let maps = match numa::maps(process) {
-        Ok(maps) => maps.unwrap_or_default(),
-        Err(error) => {
+/// The RAMBlocks; with the host's word on their pages where that is asked for.
+fn blocks(
+    located: &Located,
+    process: &Process,
+    host_nodes: bool,
+    warnings: &mut Vec<String>,
+) -> Vec<Block> {
+    let maps = if host_nodes { Some(numa::maps(process)) } else { None };
+    let maps = match maps {
+        None => None,
+        Some(Ok(None)) => {
+            warnings
+                .push("where the host has pages is not known: its kernel has no NUMA".to_owned());
+            None
+        }
+        Some(Ok(maps)) => maps,
+        Some(Err(error)) => {
             warnings.push(format!("where the host has pages is not known: {}", told(&error)));
-            Vec::new()
+            None
         }
     };
-    let of = |block: &RamBlock, index: usize| {
+    let of = |(index, block): (usize, &RamBlock)| {
         let shown = located.view.regions.iter().find(|place| place.block_index == Some(index));
-        let start = block.hva.or_else(|| {
+        let hva = block.hva.or_else(|| {
             let place = shown?;
             place.hva?.checked_sub(place.region.block_offset)
         });
-        let end = start.and_then(|start| start.checked_add(block.total));
+        let end = hva.and_then(|hva| hva.checked_add(block.total));
         let inside =
-            |map: &&NumaMap| start.is_some_and(|start| map.start >= start) && end > Some(map.start);
-        let maps: Vec<&NumaMap> = maps.iter().filter(inside).collect();
-        let mut nodes = BTreeMap::new();
-        for (node, bytes) in maps.iter().flat_map(|map| &map.nodes) {
-            *nodes.entry(*node).or_insert(0u64) += bytes;
+            |map: &&NumaMap| hva.is_some_and(|hva| map.start >= hva) && end > Some(map.start);
+        let own: Option<Vec<&NumaMap>> = maps
+            .as_ref()
+            .filter(|_| hva.is_some())
+            .map(|maps| maps.iter().filter(inside).collect());
+        Block {
+            name: block.name.clone(),
+            used_bytes: block.used,
+            total_bytes: block.total,
+            page_bytes: block.page_size,
+            hva,
+            policy: own.as_ref().and_then(|own| Some(own.first()?.policy.clone())),
+            nodes: own.map(|own| {
+                let mut nodes = BTreeMap::new();
+                for (node, bytes) in own.iter().flat_map(|map| &map.nodes) {
+                    let sum = nodes.entry(*node).or_insert(0u64);
+                    *sum = sum.saturating_add(*bytes);
+                }
+                nodes
+            }),
         }
-        let policy = maps.first().map(|map| map.policy.clone());
-        Block { block: block.clone(), policy, nodes }
     };
-    located.view.blocks.iter().enumerate().map(|(index, block)| of(block, index)).collect()
+    located.view.blocks.iter().enumerate().map(of).collect()
+}
+
+impl Route {
+    fn of(route: &'static str, difference: Result<Option<String>, String>) -> Self {
+        match difference {
+            Ok(difference) => Self { route, difference, not_had: None },
+            Err(why) => Self { route, difference: None, not_had: Some(why) },
+        }
+    }
 }
 
 /// The ways to the map beside the flat view.
 fn routes(
     located: &Located,
-    drawn: &Result<Option<GuestRange>, String>,
-    hidden: &Result<Vec<Hidden>, String>,
-    arithmetic: Option<Vec<GuestRange>>,
-    probe: Option<&Probe>,
+    drawn: &Drawn,
+    arithmetic: Result<Option<Vec<GuestRange>>, String>,
+    probe: Result<&Probe, &String>,
 ) -> Vec<Route> {
-    let shown: Vec<GuestRange> = located.map.regions().iter().filter_map(Region::range).collect();
-    let graph = match drawn {
-        Ok(None) => Route { route: "graph", difference: None, not_had: None },
-        Ok(Some(range)) => {
-            let difference =
-                format!("no region under {MEMORY:?} shows what the flat view has at {range}");
-            Route { route: "graph", difference: Some(difference), not_had: None }
+    let objects = match (arithmetic, &drawn.hidden) {
+        (Err(why), _) => Err(why),
+        (Ok(None), _) => Err("this machine shows its RAM in another way".to_owned()),
+        (_, Err(why)) => Err(why.clone()),
+        (Ok(Some(ranges)), Ok(hidden)) => {
+            let regions = located.map.regions().iter();
+            let shown = regions.clone().filter_map(Region::range);
+            let ram = regions.filter(|region| region.kind == Kind::Ram).filter_map(Region::range);
+            let under = hidden.iter().filter(|one| one.by.is_some());
+            let under = under.filter_map(|one| GuestRange::new(one.gpa, one.len));
+            let known: Vec<GuestRange> = shown.chain(under).chain(located.pluggable()).collect();
+            Ok(apart(&ranges, &ram.collect::<Vec<_>>(), &known))
         }
-        Err(why) => Route { route: "graph", difference: None, not_had: Some(why.clone()) },
     };
-    let objects = match (arithmetic, hidden) {
-        (Some(ranges), Ok(hidden)) => {
-            let under = hidden.iter().filter_map(|one| GuestRange::new(one.gpa, one.len));
-            let known: Vec<GuestRange> = shown.iter().copied().chain(under).collect();
-            let ram = located.map.regions().iter().filter(|region| region.kind == Kind::Ram);
-            let ram: Vec<GuestRange> = ram.filter_map(Region::range).collect();
-            Route { route: "objects", difference: apart(&ranges, &ram, &known), not_had: None }
-        }
-        (None, _) => Route {
-            route: "objects",
-            difference: None,
-            not_had: Some("this machine shows its RAM in another way".to_owned()),
-        },
-        (_, Err(why)) => Route { route: "objects", difference: None, not_had: Some(why.clone()) },
-    };
-    let dump = Route {
-        route: "dump",
-        difference: probe.and_then(|probe| probe.map_difference.clone()),
-        not_had: probe.is_none().then(|| "not asked for: --probe".to_owned()),
-    };
-    vec![graph, objects, dump]
+    let dump = probe.map(|probe| probe.map_difference.clone()).map_err(Clone::clone);
+    vec![
+        Route::of("graph", drawn.difference.clone()),
+        Route::of("objects", objects),
+        Route::of("dump", dump),
+    ]
 }
 
 /// How RAM by the objects' addresses differs from the `ram` of the flat view and from what is `known`: that
@@ -361,6 +545,43 @@ mod tests {
 
     fn range(start: u64, end: u64) -> GuestRange {
         GuestRange::from_ends(start, end).unwrap()
+    }
+
+    fn ram(block: &str, block_offset: u64, len: u64) -> Region {
+        Region {
+            gpa: block_offset,
+            len,
+            kind: Kind::Ram,
+            name: block.to_owned(),
+            owner: None,
+            block: Some(block.to_owned()),
+            block_offset,
+            mapping: None,
+            page_size: None,
+            readonly: false,
+        }
+    }
+
+    #[test]
+    fn a_region_lies_in_the_node_of_its_backend() {
+        let backends = BTreeMap::from([("r0".to_owned(), 0), ("r1".to_owned(), 1)]);
+        let nodes = Nodes { sizes: Vec::new(), backends };
+        let names = ["r0", "/objects/r1", "0000:00:03.0/r1", "r2", "0000:00:02.0/vga.vram"];
+        let found: Vec<Option<u32>> =
+            names.iter().map(|name| nodes.node(&ram(name, 0, 4096))).collect();
+        assert_eq!(found, [Some(0), Some(1), Some(1), None, None]);
+        let rom = Region { kind: Kind::Rom, ..ram("r0", 0, 4096) };
+        assert_eq!(nodes.node(&rom), None);
+    }
+
+    #[test]
+    fn one_block_is_cut_among_the_nodes_in_their_order() {
+        let nodes =
+            Nodes { sizes: vec![(0, 0), (1, 1 << 20), (2, 1 << 20)], backends: BTreeMap::new() };
+        let node = |from: u64, len: u64| nodes.node(&ram("pc.ram", from, len));
+        assert_eq!((node(0, 1 << 20), node(1 << 20, 4096)), (Some(1), Some(2)));
+        assert_eq!(node((1 << 20) - 4096, 8192), None, "in two nodes");
+        assert_eq!(nodes.node(&ram("0000:00:03.0/vm0", 0, 4096)), None, "not the machine's block");
     }
 
     #[test]

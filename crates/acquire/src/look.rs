@@ -376,7 +376,7 @@ fn snapshot_facts(
 }
 
 /// Why QEMU's dump cannot be used, if it cannot.
-fn dump_unfit(arch: &str, located: &Located) -> Option<String> {
+pub(crate) fn dump_unfit(arch: &str, located: &Located) -> Option<String> {
     match arch {
         "x86_64" | "i386" | "aarch64" => odd(located),
         _ => Some(format!("that of a guest of {arch:?} is not understood")),

@@ -7,7 +7,7 @@ use crate::chart::More;
 use crate::find::LibvirtDomain;
 use crate::log::Notes;
 use crate::told;
-use qemu::facts::{BlockTimes, Dump, Facts, MemoryDevice, Migration};
+use qemu::facts::{BlockTimes, Dump, Facts, Migration};
 use qemu::graph::Graph;
 use qemu::qmp::{Capability, Change, Exchange};
 use qemu::{GuestView, Qmp, QmpError};
@@ -28,6 +28,9 @@ const MAX_FOREIGN: usize = 6;
 
 /// How long a query may take. QEMU answers in its main loop, which a slow disk can block.
 pub const QUERY: Duration = Duration::from_secs(10);
+
+/// How often a map is charted whose guest changes it meanwhile.
+const CHARTS: usize = 4;
 
 /// The capability of QEMU's migration that makes a snapshot of it.
 pub const SNAPSHOT: &str = "background-snapshot";
@@ -243,19 +246,30 @@ impl Monitor {
         GuestView::take(&mut self.qmp, QUERY).map_err(|error| AskError::Map(told(&error)))
     }
 
-    /// What is shown of memory beyond the map. Queries only.
+    /// What is shown of memory beyond the map, which is taken again until it stands on both sides of the rest.
+    /// Queries only. What QEMU does not answer is told where it would stand.
     ///
     /// # Errors
-    /// [`AskError::Query`].
-    pub(crate) fn chart(&mut self, devices: &[MemoryDevice]) -> Result<More, AskError> {
-        let query = |error: QmpError| AskError::Query(told(&error));
-        let graph = Graph::take(&mut self.qmp, QUERY).map_err(query)?;
-        let mut facts = self.facts();
-        Ok(More {
-            graph: graph.map_err(|error| told(&error)),
-            arithmetic: qemu::arithmetic::ram(&mut facts, devices).map_err(query)?,
-            balloon: facts.balloon().map_err(query)?,
-        })
+    /// [`AskError::Map`].
+    pub(crate) fn chart(&mut self, mut view: GuestView) -> Result<(GuestView, More), AskError> {
+        for _ in 0..CHARTS {
+            let graph = match Graph::take(&mut self.qmp, QUERY) {
+                Ok(graph) => graph.map_err(|error| told(&error)),
+                Err(error) => Err(told(&error)),
+            };
+            let mut facts = self.facts();
+            let arithmetic = qemu::arithmetic::ram(&mut facts, &view.devices).map_err(|e| told(&e));
+            let backend = facts.memory_backend().ok().flatten();
+            let balloon = facts.balloon().map_err(|error| told(&error));
+            let again = self.view()?;
+            if view.same_memory(&again) {
+                return Ok((view, More { graph, arithmetic, backend, balloon }));
+            }
+            view = again;
+        }
+        let why = "the guest changes its map faster than it can be looked at";
+        let (none, balloon) = (|| why.to_owned(), Err(why.to_owned()));
+        Ok((view, More { graph: Err(none()), arithmetic: Err(none()), backend: None, balloon }))
     }
 
     /// The run state.

@@ -349,7 +349,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn new(reason: impl Into<String>, remedies: &[&str]) -> Self {
+    pub(crate) fn new(reason: impl Into<String>, remedies: &[&str]) -> Self {
         Self {
             reason: reason.into(),
             rejected: Vec::new(),
@@ -418,7 +418,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     })
 }
 
-fn refuse_unreadable(facts: &Facts) -> Result<(), Refusal> {
+pub(crate) fn refuse_unreadable(facts: &Facts) -> Result<(), Refusal> {
     if let Some(what) = &facts.confidential {
         return Err(Refusal::new(
             format!("confidential guest ({what}): the host sees only ciphertext or nothing"),

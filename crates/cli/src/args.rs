@@ -69,6 +69,12 @@ pub(crate) struct Map {
     /// Hold the map against the head of QEMU's own dump: QEMU stops the VM for milliseconds
     #[arg(long)]
     pub(crate) probe: bool,
+    /// The longest stall of the guest that is allowed for --probe: 100ms, 2s
+    #[arg(long, value_parser = duration, default_value = "100ms", value_name = "TIME")]
+    pub(crate) stall_budget: Duration,
+    /// Also say on which of the host's NUMA nodes the pages lie; the kernel looks at each page for it
+    #[arg(long)]
+    pub(crate) host_nodes: bool,
     /// One JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -52,9 +52,15 @@ pub fn maps(process: &Process) -> Result<Option<Vec<NumaMap>>, HostError> {
 }
 
 fn parse(line: &str) -> Option<NumaMap> {
-    let mut words = line.split(' ').filter(|word| !word.is_empty());
+    let mut words = line.split(' ').filter(|word| !word.is_empty()).peekable();
     let start = u64::from_str_radix(words.next()?, 16).ok()?;
-    let policy = words.next()?.to_owned();
+    // `prefer (many):0-1` and `weighted interleave:0-1` are two words.
+    let is_count = |word: &str| word.contains('=') || matches!(word, "huge" | "heap" | "stack");
+    let mut policy = words.next()?.to_owned();
+    while let Some(word) = words.next_if(|word| !is_count(word)) {
+        policy.push(' ');
+        policy.push_str(word);
+    }
     let (mut pages, mut page_size) = (Vec::new(), None);
     for word in words {
         let Some((name, number)) = word.split_once('=') else { continue };
@@ -84,6 +90,11 @@ mod tests {
         assert_eq!((map.start, &*map.policy), (0x7f00_c000_0000, "bind:0-1"));
         assert_eq!(map.nodes, BTreeMap::from([(0, 2 << 20), (1, 6 << 20)]));
         assert!(parse("7f00 default").unwrap().nodes.is_empty());
+        for policy in ["prefer (many):0-1", "weighted interleave:0-1", "bind=static:0"] {
+            let line = format!("7f00 {policy} anon=1 dirty=1 N0=1 kernelpagesize_kB=4");
+            let map = parse(&line).unwrap();
+            assert_eq!((&*map.policy, &map.nodes), (policy, &BTreeMap::from([(0, 4096)])));
+        }
         for bad in
             ["", "x default", "7f00", "7f00 default N0=1", "7f00 default N0=x kernelpagesize_kB=4"]
         {

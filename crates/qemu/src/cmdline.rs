@@ -239,7 +239,11 @@ impl Reader {
                 (get("type").as_deref() == Some("node")).then(|| NumaNode {
                     node: get("nodeid").and_then(|n| n.parse().ok()).unwrap_or(self.next()),
                     memdev: get("memdev"),
-                    memory_bytes: numa.get("mem").and_then(|size| memory_size(size)),
+                    memory_bytes: numa.get("mem").and_then(|size| match &size[..] {
+                        // Of `-m` it would be the default.
+                        b"0" => Some(0),
+                        size => memory_size(size),
+                    }),
                 })
             }
         };
@@ -601,6 +605,23 @@ mod tests {
 
     fn socket(path: &str) -> Endpoint {
         Endpoint::Path(path.into())
+    }
+
+    #[test]
+    fn nodes_are_numbered_as_qemu_does() {
+        let node = |node, memdev: Option<&str>, memory_bytes| NumaNode {
+            node,
+            memdev: memdev.map(str::to_owned),
+            memory_bytes,
+        };
+        let numa =
+            line(&["-numa", "node,memdev=a", "-numa", "cpu,node-id=0", "-numa", "node,mem=2G"]);
+        assert_eq!(numa.numa, [node(0, Some("a"), None), node(1, None, Some(2 << 30))]);
+        let numa = line(&["-numa", "node,nodeid=1,mem=512", "-numa", "node,nodeid=0,mem=0"]);
+        assert_eq!(numa.numa, [node(0, None, Some(0)), node(1, None, Some(512 << 20))]);
+        let json = r#"{"type":"node","nodeid":2,"memdev":"ram-node2"}"#;
+        assert_eq!(line(&["-numa", json]).numa, [node(2, Some("ram-node2"), None)]);
+        assert_eq!(line(&["-numa", "dist,src=0,dst=1,val=20", "-numa"]).numa, []);
     }
 
     #[test]

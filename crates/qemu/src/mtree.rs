@@ -376,7 +376,7 @@ pub(crate) fn hex16(digits: &str) -> Option<u64> {
 pub(crate) struct Owners {
     pub(crate) owner: Option<Object>,
     pub(crate) parent: Option<Object>,
-    orphan: bool,
+    pub(crate) orphan: bool,
 }
 
 /// Takes ` owner:{..}`, ` parent:{..}` or ` orphan` off the line's end; without `-o` there is none.

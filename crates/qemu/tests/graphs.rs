@@ -8,7 +8,7 @@
 mod recorded;
 
 use qemu::FlatViews;
-use qemu::graph::{Graph, MEMORY};
+use qemu::graph::{Graph, Leaves, MEMORY};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -19,17 +19,18 @@ fn text(dir: &Path, file: &str) -> String {
 #[test]
 fn the_flat_view_is_drawn_from_the_graph() {
     let machines = recorded::machines("graphs");
-    assert_eq!(machines.len(), 12, "two versions of six machines");
+    assert_eq!(machines.len(), 16, "two versions of eight machines");
     for (name, dir) in machines {
         let graph = Graph::parse(&text(&dir, "graph.txt")).unwrap();
         let views = FlatViews::parse(&text(&dir, "flat.txt")).unwrap();
         let entries = &views.memory().unwrap().entries;
-        assert_eq!(graph.unexplained(entries).unwrap(), None, "{name}");
+        assert_eq!(graph.difference(entries).unwrap(), None, "{name}");
         let mut out = String::new();
         let root = &graph.nodes[graph.space(MEMORY).unwrap().root.unwrap()];
         writeln!(out, "{} regions, {} trees", graph.nodes.len(), graph.trees.len()).unwrap();
         writeln!(out, "{}: {} regions in it", root.name, root.children.len()).unwrap();
-        let mut leaves = graph.leaves().unwrap();
+        let Leaves { memory: mut leaves, unknown } = graph.leaves().unwrap();
+        assert_eq!(unknown, [], "{name}");
         leaves.sort_by_key(|leaf| (leaf.range.start(), leaf.range.len()));
         for leaf in leaves {
             let name = &graph.nodes[leaf.node].name;
@@ -56,9 +57,16 @@ fn a_graph_of_another_moment_does_not_explain_the_flat_view() {
         let views = FlatViews::parse(&text(&dir, "flat.txt")).unwrap();
         let entries = &views.memory().unwrap().entries;
         let text = text(&dir, "graph.txt");
+        let graph = Graph::parse(&text).unwrap();
         let without = text.lines().filter(|line| !line.contains("alias ram-below-4g"));
         let without: String = without.map(|line| format!("{line}\n")).collect();
-        let first = Graph::parse(&without).unwrap().unexplained(entries).unwrap();
-        assert_eq!(first.map(|range| range.start()), Some(0), "{name}");
+        let told = Graph::parse(&without).unwrap().difference(entries).unwrap().unwrap_or_default();
+        assert!(told.contains(" at 0x0-"), "{name}: {told}");
+        // And the other way round: of RAM that the flat view has not, nothing else is there.
+        let mut less = entries.clone();
+        let last = less.iter().rposition(|entry| entry.range_type.is_memory()).unwrap();
+        less.remove(last);
+        let told = graph.difference(&less).unwrap().unwrap_or_default();
+        assert!(told.contains("the flat view nothing"), "{name}: {told}");
     }
 }

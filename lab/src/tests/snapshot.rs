@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use lab::tear::{Runs, Scan};
 use lab::tearbench::Options;
 use lab::{
-    Backing, Builder, Doing, Guest, Lab, Machine, Result, Ring, Version, failed, file_filler, here,
-    outer,
+    Accel, Backing, Builder, Doing, Guest, Lab, Machine, Result, Ring, Version, failed,
+    file_filler, here, outer,
 };
 use serde_json::{Value, json};
 
@@ -375,19 +375,39 @@ impl std::fmt::Display for Figures {
 /// guest, without which that would say nothing.
 fn of_one_instant(lab: &Lab, cases: &[(Ring, Backing)], n: u32, controls: u32) -> Result<()> {
     for (ring, backing) in cases {
-        let mut subject = tear::Subject::boot(lab, ring.clone(), *backing, Version::V10_0)?;
-        let (mut runs, mut figures) = (Runs::default(), Figures::default());
-        for _ in 0..n {
-            let exhibit = acquire(lab, &subject.guest, METHOD, &FLAGS)?;
-            figures.add(&exhibit.manifest)?;
-            runs.count(&subject.judge(exhibit)?);
+        for again in [true, false] {
+            let mut subject = tear::Subject::boot(lab, ring.clone(), *backing, Version::V10_0)?;
+            match is_of_one_instant(lab, &mut subject, n, controls) {
+                Ok(()) => {
+                    subject.guest.finish()?;
+                    break;
+                }
+                // A guest under KVM on a translated host now and then loses its way: that shows nothing.
+                Err(error) if again && reset_itself(&mut subject.guest)? => {
+                    println!("         void: the guest has reset itself: {error}");
+                }
+                Err(error) => return Err(error),
+            }
         }
-        let controls = subject.controls(lab, controls)?;
-        subject.report(&format!("snapshot {runs}, {controls}; {figures}"))?;
-        controls.hold()?;
-        assert_eq!(runs.torn, 0, "snapshot: {runs}");
-        subject.guest.finish()?;
     }
+    Ok(())
+}
+
+fn reset_itself(guest: &mut Guest) -> Result<bool> {
+    Ok(Accel::from_env() == Accel::Kvm && guest.events()?.iter().any(|event| event == "RESET"))
+}
+
+fn is_of_one_instant(lab: &Lab, subject: &mut tear::Subject, n: u32, controls: u32) -> Result<()> {
+    let (mut runs, mut figures) = (Runs::default(), Figures::default());
+    for _ in 0..n {
+        let exhibit = acquire(lab, &subject.guest, METHOD, &FLAGS)?;
+        figures.add(&exhibit.manifest)?;
+        runs.count(&subject.judge(exhibit)?);
+    }
+    let controls = subject.controls(lab, controls)?;
+    subject.report(&format!("snapshot {runs}, {controls}; {figures}"))?;
+    controls.hold()?;
+    assert_eq!(runs.torn, 0, "snapshot: {runs}");
     Ok(())
 }
 

@@ -5,39 +5,56 @@ use crate::cmd;
 use crate::exit::Exit;
 use crate::output::{self, safe, size};
 use crate::picture;
-use acquire::chart::{Chart, Charted, Route};
-use acquire::plan::TAINT;
-use qemu::graph::{Graph, MEMORY};
+use acquire::chart::{Chart, Charted, Pages, Route, Wish};
+use qemu::graph::{Graph, Index, MEMORY};
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::Path;
 
-/// Looks and shows; changes nothing, unless it is to probe.
+/// Looks and shows; changes nothing, but that the VM stands for a probe.
 pub(crate) fn run(args: &Map) -> Exit {
     // Before it is done: to look is to ask QEMU.
-    if acquire::find::one(&args.vm).is_ok_and(|target| target.through.is_some()) {
-        output::say(&format!("warning: {TAINT}"));
+    let before = acquire::chart::warnings_before(&args.vm).unwrap_or_default();
+    for text in &before {
+        output::say(&format!("warning: {text}"));
     }
-    let chart = match acquire::chart::chart(&args.vm, args.probe) {
+    let probe = args.probe.then_some(args.stall_budget);
+    let wish = Wish { probe, host_nodes: args.host_nodes };
+    let chart = match acquire::chart::chart(&args.vm, &wish) {
         Ok(chart) => chart,
         Err(failure) => return cmd::acquire::failed(&failure),
     };
-    for text in chart.warnings.iter().filter(|text| *text != TAINT) {
+    for text in chart.warnings.iter().filter(|text| !before.contains(text)) {
         output::say(&format!("warning: {text}"));
     }
-    if let Some(file) = &args.graph
-        && let Err(error) = std::fs::write(file, picture::map::draw(&chart))
-    {
-        output::say(&format!("cannot write the picture {}: {error}", file.display()));
-        return Exit::Failed;
-    }
+    let drawn = args.graph.as_deref().map(|file| write_new(file, &picture::map::draw(&chart)));
     if args.json {
         output::json(&chart);
-        return Exit::Complete;
-    }
-    for line in lines(&chart) {
-        if !output::line(&safe(&line)) {
-            break;
+    } else {
+        for line in lines(&chart) {
+            if !output::line(&safe(&line)) {
+                break;
+            }
         }
     }
-    Exit::Complete
+    match (args.graph.as_deref(), drawn) {
+        (Some(file), Some(Err(error))) => {
+            output::say(&format!("cannot write the picture {}: {error}", file.display()));
+            if error.kind() == io::ErrorKind::AlreadyExists {
+                output::say("hint: nothing is overwritten; name a file that does not exist");
+            }
+            Exit::Failed
+        }
+        _ => Exit::Complete,
+    }
+}
+
+/// Writes a file that was not there before; a half of it is taken away.
+fn write_new(file: &Path, text: &str) -> io::Result<()> {
+    let mut out = fs::OpenOptions::new().write(true).create_new(true).open(file)?;
+    out.write_all(text.as_bytes()).inspect_err(|_| {
+        let _ = fs::remove_file(file);
+    })
 }
 
 fn lines(chart: &Chart) -> Vec<String> {
@@ -59,7 +76,7 @@ fn lines(chart: &Chart) -> Vec<String> {
         format!(
             "KSM     {}",
             match chart.ksm_pages {
-                None => "not known: the kernel does not say".to_owned(),
+                None => "not known: the kernel does not say, or not to this user".to_owned(),
                 Some(pages) => format!("{pages} pages of the process are merged"),
             }
         ),
@@ -71,34 +88,38 @@ fn lines(chart: &Chart) -> Vec<String> {
     }
     lines.push(String::new());
     lines.extend(table(view_table(chart)));
-    if !chart.hidden.is_empty() {
-        lines.push(String::new());
-        let mut cells = vec![cells(["HIDDEN", "SIZE", "IS", "UNDER", "SHOWN AT"])];
-        cells.extend(chart.hidden.iter().map(|one| {
-            vec![
-                span(one.gpa, one.gpa.saturating_add(one.len - 1)),
-                size(one.len),
-                format!("{} +{:#x}", one.name, one.offset),
-                one.by.clone().unwrap_or_else(|| "nothing".to_owned()),
-                one.shown_at.map_or_else(|| "nowhere".to_owned(), |gpa| format!("{gpa:#x}")),
-            ]
-        }));
-        lines.extend(table(cells));
+    match &chart.hidden {
+        None => lines.extend([String::new(), "what is hidden is not known".to_owned()]),
+        Some(hidden) if hidden.is_empty() => {}
+        Some(hidden) => {
+            lines.push(String::new());
+            let mut cells = vec![cells(["HIDDEN", "SIZE", "IS", "UNDER", "SHOWN AT"])];
+            cells.extend(hidden.iter().map(|one| {
+                vec![
+                    span(one.gpa, one.gpa.saturating_add(one.len - 1)),
+                    size(one.len),
+                    format!("{} +{:#x}", one.name, one.offset),
+                    one.by.clone().unwrap_or_else(|| "nothing".to_owned()),
+                    one.shown_at.map_or_else(|| "-".to_owned(), |gpa| format!("{gpa:#x}")),
+                ]
+            }));
+            lines.extend(table(cells));
+        }
     }
     lines.push(String::new());
     let mut cells = vec![cells(["RAMBLOCK", "USED", "PAGES", "HOST POLICY", "HOST NODES"])];
+    let host_nodes = chart.blocks.iter().any(|one| one.nodes.is_some());
     cells.extend(chart.blocks.iter().map(|one| {
-        let nodes = one.nodes.iter().map(|(node, bytes)| format!("{node}: {}", size(*bytes)));
-        vec![
-            if one.block.name.is_empty() { "(no name)".to_owned() } else { one.block.name.clone() },
-            size(one.block.used),
-            size(one.block.page_size),
-            one.policy.clone().unwrap_or_else(|| "-".to_owned()),
-            Some(nodes.collect::<Vec<_>>().join(", "))
-                .filter(|text| !text.is_empty())
-                .unwrap_or_else(|| "-".to_owned()),
-        ]
+        let name = if one.name.is_empty() { "(no name)" } else { &one.name };
+        let nodes = one.nodes.iter().flatten();
+        let nodes: Vec<String> =
+            nodes.map(|(node, bytes)| format!("{node}: {}", size(*bytes))).collect();
+        let policy = one.policy.clone().unwrap_or_else(|| "-".to_owned());
+        vec![name.to_owned(), size(one.used_bytes), size(one.page_bytes), policy, nodes.join(", ")]
     }));
+    if !host_nodes {
+        cells.iter_mut().for_each(|row| row.truncate(3));
+    }
     lines.extend(table(cells));
     lines
 }
@@ -128,7 +149,7 @@ fn view_table(chart: &Chart) -> Vec<Vec<String>> {
         "RAMBLOCK",
         "HOST",
         "NODE",
-        "RESIDENT",
+        "KEPT",
         "SWAPPED",
         "HOLES",
         "IMAGE",
@@ -141,9 +162,8 @@ fn view_row(one: &Charted) -> Vec<String> {
     let region = &one.region;
     let none = || "-".to_owned();
     let block = region.block.clone().unwrap_or_else(|| region.name.clone());
-    let pages = |of: fn(&acquire::chart::Pages) -> u64| {
-        one.pages.map_or_else(none, |pages| size(of(&pages)))
-    };
+    let pages =
+        |of: fn(&Pages) -> Option<u64>| one.pages.as_ref().and_then(of).map_or_else(none, size);
     vec![
         span(region.gpa, region.gpa.saturating_add(region.len - 1)),
         size(region.len),
@@ -155,9 +175,12 @@ fn view_row(one: &Charted) -> Vec<String> {
             format!("{}{pages}", mapping.word())
         }),
         one.node.map_or_else(none, |node| node.to_string()),
-        pages(|pages| pages.resident_bytes),
+        pages(|pages| Some(pages.kept_bytes)),
         pages(|pages| pages.swapped_bytes),
-        pages(|pages| pages.hole_bytes),
+        one.pages.map_or_else(none, |pages| {
+            let more = if pages.pluggable { " or not plugged in" } else { "" };
+            format!("{}{more}", size(pages.hole_bytes))
+        }),
         if one.image.taken { "yes".to_owned() } else { format!("no: {}", one.image.why) },
     ]
 }
@@ -190,20 +213,28 @@ const DEPTH: usize = 64;
 /// The address space of the guest's memory as a tree, and the regions that its aliases show. What is switched
 /// off is only counted.
 fn tree(graph: &Graph) -> Vec<String> {
-    let mut tree = Tree { graph, lines: Vec::new(), shown: vec![false; graph.nodes.len()], off: 0 };
+    let index = Index::of(graph);
+    let shown = vec![false; graph.nodes.len()];
+    let mut tree = Tree { graph, index, lines: Vec::new(), shown, targets: Vec::new(), off: 0 };
     let Some(root) = graph.space(MEMORY).and_then(|tree| tree.root) else { return tree.lines };
     tree.lines.push(MEMORY.to_owned());
-    let mut aliases = Vec::new();
-    tree.branch(root, "", true, 0, &mut aliases);
+    tree.branch(root, "", true, 0);
     // In the order in which they were met.
     let mut next = 0;
-    while let Some(target) = aliases.get(next).copied() {
+    while let Some(target) = tree.targets.get(next).copied() {
         next += 1;
-        if !tree.shows(target)
-            && let Some(root) = graph.root_of(target)
-        {
-            tree.lines.push(format!("{target:?}, shown by aliases"));
-            tree.branch(root, "", true, 0, &mut aliases);
+        let Some(node) = graph.nodes.get(target) else { continue };
+        // The same region may stand in the tree above, where it was printed once more.
+        let mut lines = graph.nodes.iter().zip(&tree.shown);
+        let is_there = lines.any(|(other, shown)| {
+            *shown
+                && other.name == node.name
+                && other.owner == node.owner
+                && other.alias == node.alias
+        });
+        if !is_there {
+            tree.lines.push(format!("{:?}, shown by aliases", node.name));
+            tree.branch(target, "", true, 0);
         }
     }
     if tree.off > 0 {
@@ -215,27 +246,17 @@ fn tree(graph: &Graph) -> Vec<String> {
 /// A tree that is being written.
 struct Tree<'g> {
     graph: &'g Graph,
+    index: Index<'g>,
     lines: Vec<String>,
     /// Of each node, whether it stands in a line.
     shown: Vec<bool>,
+    /// What aliases in the lines show, each once.
+    targets: Vec<usize>,
     off: usize,
 }
 
-impl<'g> Tree<'g> {
-    /// Whether the region of this name stands in some line, and not only as an alias.
-    fn shows(&self, name: &str) -> bool {
-        let mut nodes = self.graph.nodes.iter().zip(&self.shown);
-        nodes.any(|(node, shown)| *shown && node.alias.is_none() && node.name == name)
-    }
-
-    fn branch(
-        &mut self,
-        at: usize,
-        indent: &str,
-        last: bool,
-        depth: usize,
-        aliases: &mut Vec<&'g str>,
-    ) {
+impl Tree<'_> {
+    fn branch(&mut self, at: usize, indent: &str, last: bool, depth: usize) {
         let graph = self.graph;
         let Some(node) = graph.nodes.get(at).filter(|_| depth < DEPTH) else { return };
         if let Some(shown) = self.shown.get_mut(at) {
@@ -243,8 +264,12 @@ impl<'g> Tree<'g> {
         }
         let kind = match (&node.alias, node.children.is_empty()) {
             (Some(alias), _) => {
-                aliases.push(&alias.target);
-                format!("alias of {} +{:#x}", alias.target, alias.first)
+                let target = self.index.target(node);
+                if let Some(target) = target.filter(|target| !self.targets.contains(target)) {
+                    self.targets.push(target);
+                }
+                let unknown = if target.is_none() { ", which is not known" } else { "" };
+                format!("alias of {} +{:#x}{unknown}", alias.target, alias.first)
             }
             (None, false) => "container".to_owned(),
             (None, true) => node.range_type.word().to_owned(),
@@ -266,7 +291,7 @@ impl<'g> Tree<'g> {
         let on: Vec<usize> = node.children.iter().filter(is_on).copied().collect();
         self.off += node.children.len() - on.len();
         for (number, child) in on.iter().enumerate() {
-            self.branch(*child, &below, number + 1 == on.len(), depth + 1, aliases);
+            self.branch(*child, &below, number + 1 == on.len(), depth + 1);
         }
     }
 }

@@ -5,8 +5,9 @@ use super::Svg;
 use crate::output::size;
 use acquire::chart::{Chart, Charted};
 use evidence::{GuestRange, Kind, Region};
-use qemu::graph::{Graph, MEMORY, Node};
+use qemu::graph::{Graph, Index, MEMORY, Node};
 use qemu::mtree::RangeType;
+use std::collections::HashSet;
 
 /// Colours by what a region is; light and dark.
 const STYLE: &str = "
@@ -85,10 +86,16 @@ pub(crate) fn draw(chart: &Chart) -> String {
         draw_region(&mut svg, one, *y, *height);
     }
     let mut at = bottom + 34.0;
-    if !chart.hidden.is_empty() {
+    let hidden = chart.hidden.as_deref();
+    if hidden.is_none() {
+        svg.text("m", [VIEW, at], "What is hidden is not known.");
+        at += 24.0;
+    }
+    let hidden = hidden.unwrap_or_default();
+    if !hidden.is_empty() {
         svg.text("h2", [VIEW, at], "Hidden: memory under something else");
         at += 10.0;
-        for one in &chart.hidden {
+        for one in hidden {
             svg.rect("hidden", [VIEW, at, BOX, ROW - 4.0], "");
             let last = one.gpa.saturating_add(one.len - 1);
             let by = one.by.as_deref().unwrap_or("nothing");
@@ -138,10 +145,16 @@ fn places(chart: &Chart) -> Vec<(&Charted, f64, f64)> {
 /// The rows of which a region of the flat view is drawn. Where several show the same memory at an address,
 /// the smaller was put over the larger one.
 fn drawn_from(rows: &[Row<'_>], region: &Region) -> Vec<usize> {
+    let from = drawn_from_rows(rows, region, true);
+    // What lies behind a bridge.
+    if from.is_empty() { drawn_from_rows(rows, region, false) } else { from }
+}
+
+fn drawn_from_rows(rows: &[Row<'_>], region: &Region, in_space: bool) -> Vec<usize> {
     let Some(shown) = region.range() else { return Vec::new() };
     let mut there: Vec<(GuestRange, usize)> = Vec::new();
     for (number, row) in rows.iter().enumerate() {
-        let Some(node) = row.node.filter(|_| row.in_space) else { continue };
+        let Some(node) = row.node.filter(|_| row.in_space == in_space) else { continue };
         let name = row.shows.unwrap_or(&node.name);
         let memory = node.children.is_empty() && node.range_type.is_memory();
         let range = GuestRange::from_inclusive(node.first, node.last);
@@ -165,20 +178,23 @@ fn drawn_from(rows: &[Row<'_>], region: &Region) -> Vec<usize> {
 
 /// The tree of the guest's memory, with what its aliases show behind it. What is switched off is left out.
 fn rows(graph: &Graph) -> Vec<Row<'_>> {
-    let mut rows = Vec::new();
+    let (mut rows, index) = (Vec::new(), Index::of(graph));
     let Some(root) = graph.space(MEMORY).and_then(|tree| tree.root) else { return rows };
     below(graph, root, 0, &mut rows);
-    let mut next = 0;
+    let (mut next, mut seen) = (0, HashSet::new());
     while let Some(row) = rows.get(next) {
         next += 1;
-        let Some(target) = row.shows else { continue };
-        let is_it =
-            |row: &Row<'_>| row.shows.is_none() && row.node.is_some_and(|node| node.name == target);
-        if !rows.iter().any(is_it)
-            && let Some(root) = graph.root_of(target)
-        {
+        let alias = row.node.filter(|node| node.alias.is_some());
+        let Some(target) = alias.and_then(|node| index.target(node)) else { continue };
+        let Some(node) = graph.nodes.get(target).filter(|_| seen.insert(target)) else { continue };
+        let is_it = |row: &Row<'_>| {
+            row.node.is_some_and(|other| {
+                other.alias == node.alias && other.name == node.name && other.owner == node.owner
+            })
+        };
+        if !rows.iter().any(is_it) {
             let from = rows.len();
-            below(graph, root, 0, &mut rows);
+            below(graph, target, 0, &mut rows);
             rows.iter_mut().skip(from).for_each(|row| row.in_space = false);
             if let Some(row) = rows.get_mut(from) {
                 row.text.push_str(", shown by aliases");
@@ -266,9 +282,12 @@ fn draw_region(svg: &mut Svg, one: &Charted, y: f64, height: f64) {
             #[expect(clippy::cast_precision_loss, reason = "a bar of 150 pixels")]
             let part = |bytes: u64| bytes as f64 / (region.len.max(1)) as f64 * BAR;
             svg.rect("rest", [x, middle - 9.0, BAR, 10.0], "");
-            let (resident, swapped) = (part(pages.resident_bytes), part(pages.swapped_bytes));
-            svg.rect(class, [x, middle - 9.0, resident.min(BAR), 10.0], "in the host's memory");
-            svg.rect("swap", [x + resident, middle - 9.0, swapped.min(BAR), 10.0], "swapped out");
+            let (kept, swapped) = (part(pages.kept_bytes), part(pages.swapped_bytes.unwrap_or(0)));
+            svg.rect(class, [x, middle - 9.0, kept.min(BAR), 10.0], "the host has it");
+            let swapped = swapped.min(kept);
+            if swapped > 0.0 {
+                svg.rect("swap", [x + kept - swapped, middle - 9.0, swapped, 10.0], "in swap");
+            }
         }
         None if !one.image.taken => {
             svg.text("m", [x, middle], &format!("not read: {}", clipped(one.image.why, 28)))

@@ -3,7 +3,7 @@
 
     record.py VERSION QEMU [ARGUMENT ...]
 
-VERSION is the directory here; QEMU and its arguments (`-L DIR` for its firmware) begin the command line.
+VERSION is the directory here; the variable MACHINES may name some of them. QEMU and its arguments (`-L DIR` for its firmware) begin the command line.
 """
 import json
 import os
@@ -29,6 +29,15 @@ MACHINES = {
         "-M", "q35", "-m", "256M", "-smp", "2", "-vga", "none",
         "-object", "memory-backend-ram,id=n0,size=128M", "-object", "memory-backend-ram,id=n1,size=128M",
         "-numa", "node,nodeid=0,memdev=n0,cpus=0", "-numa", "node,nodeid=1,memdev=n1,cpus=1",
+    ],
+    # What lies behind a bridge has a name of its own kind, and not of its own.
+    "q35-ports": [
+        "-M", "q35", "-m", "128M", "-device", "pcie-root-port,id=a,slot=1", "-device", "pcie-root-port,id=b,slot=2",
+        "-device", "pcie-root-port,id=c,slot=3", "-device", "bochs-display,bus=a", "-device", "bochs-display,bus=b",
+    ],
+    "pc-bridges": [
+        "-M", "pc", "-m", "128M", "-device", "pci-bridge,id=a,chassis_nr=1", "-device", "pci-bridge,id=b,chassis_nr=2",
+        "-device", "secondary-vga,bus=a,addr=1", "-device", "secondary-vga,bus=b,addr=1",
     ],
     "microvm": ["-M", "microvm", "-m", "128M"],
 }
@@ -70,7 +79,8 @@ def record(command, to):
 def main():
     version, qemu = sys.argv[1], sys.argv[2:]
     here = os.path.dirname(os.path.abspath(__file__))
-    for machine, arguments in MACHINES.items():
+    wanted = os.environ.get("MACHINES", " ".join(MACHINES)).split()
+    for machine, arguments in ((machine, MACHINES[machine]) for machine in wanted):
         record(qemu + arguments, os.path.join(here, version, machine))
 
 
