@@ -132,7 +132,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
         reply(remote, 28, 9, &[]),
         reply(remote, 2, 10, &[]),
     ];
-    let refusal = [numbers(&[42, 10, 1]), string("no"), numbers(&[2, 0, 0, 0, 0, 1, 2, 0])].concat();
+    let refusal =
+        [numbers(&[42, 10, 1]), string("no"), numbers(&[2, 0, 0, 0, 0, 1, 2, 0])].concat();
     let refused = [open, packet([remote, 1, 157, 1, 3, 1], &refusal)];
     vec![direct.concat(), through.concat(), refused.concat()]
 }

@@ -1,8 +1,8 @@
 //! Texts of the human monitor. Each is read, printed by code of our own here, and read again.
 
 use crate::take;
-use qemu::graph::{Alias, Graph, Leaf};
 use qemu::gpa2hva::{self as answer, Gpa2Hva};
+use qemu::graph::{Alias, Graph, Leaf};
 use qemu::mtree::{Entry, FlatViews, Object, ObjectName};
 use qemu::ramblock as blocks;
 use std::fmt::Write as _;
@@ -93,9 +93,11 @@ FlatView #1
 pub fn graph(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let Ok(graph) = Graph::parse(&text) else { return };
-    let children = graph.nodes.iter().enumerate().flat_map(|(at, node)| {
-        node.children.iter().map(move |child| (at, *child))
-    });
+    let children = graph
+        .nodes
+        .iter()
+        .enumerate()
+        .flat_map(|(at, node)| node.children.iter().map(move |child| (at, *child)));
     for (parent, child) in children {
         assert!(parent < child && child < graph.nodes.len(), "parents stand before children");
     }
@@ -125,7 +127,11 @@ fn print_graph(graph: &Graph) -> String {
             let _ = write!(out, "{:1$}", "", 2 * depth);
             let nonvolatile = if node.nonvolatile { "nv-" } else { "" };
             let (first, last, word) = (node.first, node.last, node.range_type.word());
-            let _ = write!(out, "{first:016x}-{last:016x} (prio {}, {nonvolatile}{word}): ", node.priority);
+            let _ = write!(
+                out,
+                "{first:016x}-{last:016x} (prio {}, {nonvolatile}{word}): ",
+                node.priority
+            );
             match &node.alias {
                 Some(Alias { target, first, last }) => {
                     let _ = write!(out, "alias {} @{target} {first:016x}-{last:016x}", node.name);
