@@ -102,13 +102,15 @@ pub fn graph(data: &[u8]) {
         assert!(parent < child && child < graph.nodes.len(), "parents stand before children");
     }
     // What the walk finds is shown nowhere, by an empty flat view.
-    if let (Ok(leaves), Ok(hidden)) = (graph.leaves(), graph.hidden(&[])) {
-        for one in &hidden {
+    if let (Ok(leaves), Ok(compared)) = (graph.leaves(), graph.compare(&[])) {
+        for one in &compared.hidden {
             let whole = |leaf: &Leaf| leaf.range.start() == one.gpa && leaf.range.len() == one.len;
             assert!(one.by.is_none() && one.shown_at.is_none() && leaves.memory.iter().any(whole));
         }
-        assert_eq!(graph.difference(&[]).map(|told| told.is_some()), Ok(!hidden.is_empty()));
+        assert_eq!(compared.difference.is_some(), !compared.hidden.is_empty());
     }
+    let parts = graph.parts();
+    assert!(parts.iter().all(|at| *at < graph.nodes.len()) && parts.len() <= graph.trees.len());
     assert_eq!(Graph::parse(&print_graph(&graph)), Ok(graph));
 }
 

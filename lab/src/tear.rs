@@ -101,13 +101,8 @@ impl Word {
     }
 }
 
-/// Judges the values of all words of a ring, in any order. `None` without any.
-pub fn judge(values: &[u64]) -> Option<Verdict> {
-    let lap = count(values.len());
-    judge_words(&values.iter().map(|&value| Word { value, lap }).collect::<Vec<_>>())
-}
-
-/// The same for words that do not all come round after the same number of stores.
+/// Judges words, in any order; they need not all come round after the same number of stores. `None` without
+/// any.
 pub fn judge_words(words: &[Word]) -> Option<Verdict> {
     let (mut values, mut lasts): (Vec<u64>, Vec<u64>) =
         words.iter().map(|word| (word.value, word.last())).unzip();
@@ -288,6 +283,12 @@ impl fmt::Display for Controls {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The values of all words of a ring.
+    fn judge(values: &[u64]) -> Option<Verdict> {
+        let lap = count(values.len());
+        judge_words(&values.iter().map(|&value| Word { value, lap }).collect::<Vec<_>>())
+    }
 
     /// Word `word` of a ring of `words` after store `n`, by doing the stores.
     fn stored(word: u64, words: u64, n: u64) -> u64 {

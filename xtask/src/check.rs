@@ -52,7 +52,11 @@ pub(crate) fn all() -> Outcome<bool> {
 /// Format and lints; then the unit tests are built.
 fn lints() -> Tally {
     let mut tally = Tally::default();
-    check(&mut tally, "cargo fmt", || quietly(cargo()?.args(["fmt", "--all", "--check"])));
+    check(&mut tally, "cargo fmt", || {
+        quietly(cargo()?.args(["fmt", "--all", "--check"]))?;
+        // A workspace of its own.
+        quietly(cargo()?.current_dir(root()?.join("fuzz")).args(["fmt", "--check"]))
+    });
     check(&mut tally, "cargo clippy", || {
         let lints = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
         quietly(cargo()?.args(lints))

@@ -7,31 +7,21 @@ use crate::guardian::Guardian;
 use crate::log::{Log, Notes};
 use crate::look::{self, Probe};
 use crate::map::{self, Located};
-use crate::method::{dump, stream};
 use crate::monitor::{Asked, Monitor, VmFacts};
-use crate::plan::{self, Facts, Refusal, TAINT};
-use crate::{Failure, told};
-use evidence::manifest::Registers;
+use crate::plan::{self, Facts, TAINT};
+use crate::{Failure, Request, told};
 use evidence::map::Mapping;
 use evidence::range::hex;
 use evidence::{GuestRange, Kind, Region};
 use host::Process;
+use host::guest_memory::Usage;
 use host::numa::{self, NumaMap};
 use qemu::facts::{DeviceType, MemoryDevice, MemorySize};
-use qemu::graph::{Graph, Hidden};
+use qemu::graph::{Comparison, Graph, Hidden};
 use qemu::{FlatViews, RamBlock};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
-
-/// What is to be shown.
-#[derive(Clone, Debug, Default)]
-pub struct Wish {
-    /// Also hold the map against the head of QEMU's dump: QEMU stops the guest for it, at most so long.
-    pub probe: Option<Duration>,
-    /// Also say on which of the host's NUMA nodes the pages lie.
-    pub host_nodes: bool,
-}
 
 /// All that `stillframe map` shows.
 #[derive(Clone, Debug, Serialize)]
@@ -174,21 +164,23 @@ pub struct Route {
     pub not_had: Option<String>,
 }
 
-/// Looks at the VM's memory.
+/// Looks at the VM's memory. `probe`: the map is also held against the head of QEMU's dump, for which QEMU
+/// stops the guest, at most so long. `host_nodes`: it is also told on which of the host's NUMA nodes the
+/// pages lie.
 ///
 /// # Errors
 /// [`Failure`] when the VM cannot be looked at.
-pub fn chart(vm: &str, wish: &Wish) -> Result<Chart, Failure> {
+pub fn chart(vm: &str, probe: Option<Duration>, host_nodes: bool) -> Result<Chart, Failure> {
     let target = find::one(vm)?;
     let whom = target.whom();
     let mut monitor = Monitor::open(&whom, &Notes::default())?;
     let mut asked = monitor.look(&whom)?;
-    let mut warnings = before(&target);
-    warnings.extend(asked.skipped.iter().map(|text| format!("monitor skipped: {text}")));
+    let taint = target.through.is_some().then(|| TAINT.to_owned());
+    let mut warnings: Vec<String> =
+        taint.into_iter().chain(asked.warnings()).chain(target.warnings()).collect();
     let Some(view) = asked.view.take() else {
         let facts = Facts { confidential: asked.confidential, ..Facts::default() };
-        let refusal = plan::refuse_unreadable(&facts).err();
-        return Err(Failure::Refused(refusal.unwrap_or_else(|| Refusal::new("no map", &[]))));
+        return Err(Failure::Refused(look::refusal_of(&facts, &Request::default())));
     };
     let (view, more) = monitor.chart(view)?;
     // Others may need it: what the host has behind the guest's memory takes its time.
@@ -198,58 +190,46 @@ pub fn chart(vm: &str, wish: &Wish) -> Result<Chart, Failure> {
     if let Some(why) = &located.unseen {
         warnings.push(format!("what the host has behind it may not be looked at: {why}"));
     }
-    let probe = match wish.probe {
-        Some(at_most) => probe(&target, &asked, &located, at_most)?,
+    let probe = match probe {
+        Some(at_most) => dumped_head(&target, &asked, &located, at_most)?,
         None => Err("not asked for: --probe".to_owned()),
     };
-    let drawn = drawn(&more.graph, &located);
-    if let Err(why) = &drawn.hidden {
-        warnings.push(format!("what is hidden is not known: {why}"));
+    let compared = compare(&more.graph, &located);
+    match &compared {
+        Err(why) => warnings.push(format!("what is hidden is not known: {why}")),
+        Ok(Comparison { unknown, .. }) => warnings.extend(
+            unknown
+                .iter()
+                .map(|(range, alias)| format!("what {alias:?} shows at {range} is not known")),
+        ),
     }
     if let Err(why) = &more.balloon {
-        warnings.push(format!("the balloon: {why}"));
+        warnings.push(format!("the balloon is not known: {why}"));
     }
-    let unknown = drawn.unknown.iter();
-    warnings.extend(
-        unknown.map(|(range, alias)| format!("what {alias:?} shows at {range} is not known")),
-    );
-    let nodes = Nodes::of(&target.cmdline.numa, &located, more.backend.as_deref());
-    let regions = regions(&located, &usage, &nodes);
-    let routes = routes(&located, &drawn, more.arithmetic, probe.as_ref());
+    if let Err(why) = &more.backend {
+        warnings.push(format!("the guest's NUMA nodes may not all be known: {why}"));
+    }
+    let machine = more.backend.ok().flatten();
+    let nodes = Nodes::of(&target.cmdline.numa, &located, machine.as_deref());
     Ok(Chart {
-        blocks: blocks(&located, &target.process, wish.host_nodes, &mut warnings),
+        blocks: blocks(&located, &target.process, host_nodes, &mut warnings),
         ksm_pages: memory.merged_pages(),
         vm: target.row,
         qemu: asked.vm,
         size: located.view.size,
         balloon_bytes: more.balloon.ok().flatten(),
         devices: located.view.devices.iter().map(Device::from).collect(),
-        regions,
-        hidden: drawn.hidden.ok(),
+        regions: regions(&located, &usage, &nodes),
+        routes: routes(&located, &compared, more.arithmetic, probe.as_ref()),
+        hidden: compared.ok().map(|compared| compared.hidden),
         graph: more.graph.ok(),
-        routes,
         probe: probe.ok(),
         warnings,
     })
 }
 
-/// What is to be said before a VM is asked anything.
-///
-/// # Errors
-/// The VM is not found.
-pub fn warnings_before(vm: &str) -> Result<Vec<String>, Failure> {
-    Ok(before(&find::one(vm)?))
-}
-
-fn before(target: &Target) -> Vec<String> {
-    let unknown = |text: &String| format!("whether the VM is libvirt's could not be asked: {text}");
-    let taint = target.through.is_some().then(|| TAINT.to_owned());
-    taint.into_iter().chain(target.silent.iter().map(unknown)).collect()
-}
-
-/// Asks for the head of QEMU's dump. As that stops the guest, it is done as an acquisition is: by a guardian,
-/// which lets go whatever happens. The inner error is why it was not asked for, or not had.
-fn probe(
+/// What the head of QEMU's dump tells; the inner error is why it was not asked for, or not had.
+fn dumped_head(
     target: &Target,
     asked: &Asked,
     located: &Located,
@@ -264,36 +244,17 @@ fn probe(
         dump_unfit: look::dump_unfit(&asked.vm.arch, located),
         ..Facts::default()
     };
-    if let Err(refusal) = plan::refuse_unreadable(&facts).and_then(|()| plan::can_dump(&facts)) {
-        return Ok(Err(refusal.reason));
-    }
     let log = Log::begin();
-    let mut guardian = match Guardian::start(target, &log) {
-        Ok(guardian) => guardian,
-        Err(Failure::Refused(refusal)) => return Ok(Err(refusal.reason)),
-        Err(other) => return Err(other),
-    };
-    let before = guardian.look().map(|asked| asked.view);
-    let read = stream::dump_head(&mut guardian, at_most);
-    let after = guardian.again().map(|again| Some(again.view));
-    let parting = guardian.bye();
-    if let Some(what) = parting.not_as_found {
-        return Err(Failure::NotAsFound(what));
+    let had = plan::can_probe(&facts)
+        .map_err(Failure::Refused)
+        .and_then(|()| Guardian::start(target, &log))
+        .and_then(|guardian| look::dumped_head(guardian, located, at_most, &log));
+    match had {
+        Ok(probe) => Ok(Ok(probe)),
+        Err(Failure::Refused(refusal)) => Ok(Err(refusal.reason)),
+        Err(Failure::Probe(error)) => Ok(Err(told(&error))),
+        Err(other) => Err(other),
     }
-    let read = match read {
-        Err(error) => return Ok(Err(told(&error))),
-        Ok(read) => read,
-    };
-    let Registers { stood, machine, cpus, map_difference, .. } =
-        dump::registers_of(&read, &log, located);
-    for view in [before, after] {
-        match view {
-            Err(error) => return Ok(Err(told(&error))),
-            Ok(Some(view)) if view.same_memory(&located.view) => {}
-            Ok(_) => return Ok(Err("the guest changed its map meanwhile".to_owned())),
-        }
-    }
-    Ok(Ok(Probe { stood, machine, cpus, map_difference }))
 }
 
 /// What is asked of QEMU beyond the map; in place of each, why QEMU did not say.
@@ -303,81 +264,60 @@ pub(crate) struct More {
     /// RAM by the objects' addresses; `None` for a machine that shows it in another way.
     pub(crate) arithmetic: Result<Option<Vec<GuestRange>>, String>,
     /// Object path of the backend that is the machine's RAM, where there is one.
-    pub(crate) backend: Option<String>,
+    pub(crate) backend: Result<Option<String>, String>,
     /// Bytes that the balloon leaves the guest.
     pub(crate) balloon: Result<Option<u64>, String>,
 }
 
-/// What the graph says of the flat view.
-struct Drawn {
-    difference: Result<Option<String>, String>,
-    hidden: Result<Vec<Hidden>, String>,
-    unknown: Vec<(GuestRange, String)>,
+fn compare(graph: &Result<Graph, String>, located: &Located) -> Result<Comparison, String> {
+    let graph = graph.as_ref().map_err(|why| format!("QEMU's graph: {why}"))?;
+    let views = FlatViews::parse(&located.view.mtree).map_err(|error| told(&error))?;
+    graph.compare(&views.memory().map_err(|error| told(&error))?.entries)
 }
 
-fn drawn(graph: &Result<Graph, String>, located: &Located) -> Drawn {
-    let views = FlatViews::parse(&located.view.mtree).map_err(|error| told(&error));
-    let entries = match (graph, &views) {
-        (Err(why), _) => Err(format!("QEMU's graph: {why}")),
-        (_, Err(why)) => Err(why.clone()),
-        (Ok(graph), Ok(views)) => match views.memory() {
-            Ok(memory) => Ok((graph, &memory.entries)),
-            Err(error) => Err(told(&error)),
-        },
-    };
-    match entries {
-        Err(why) => Drawn { difference: Err(why.clone()), hidden: Err(why), unknown: Vec::new() },
-        Ok((graph, entries)) => Drawn {
-            difference: graph.difference(entries),
-            hidden: graph.hidden(entries),
-            unknown: graph.leaves().map_or_else(|_| Vec::new(), |leaves| leaves.unknown),
-        },
-    }
-}
-
-fn regions(located: &Located, usage: &[host::guest_memory::Usage], nodes: &Nodes) -> Vec<Charted> {
+fn regions(located: &Located, usage: &[Usage], nodes: &Nodes) -> Vec<Charted> {
     let pluggable = located.pluggable();
     let mut usage = usage.iter().filter(|_| located.unseen.is_none());
-    let charted = |region: &Region, hva: Option<u64>| {
-        let used = if region.kind.in_image() { usage.next() } else { None };
+    let mut pages = |region: &Region| {
+        let used = if region.kind.in_image() { usage.next() } else { None }?;
         let shared = matches!(region.mapping, Some(Mapping::Shared | Mapping::SharedHugetlb));
         let of_device = |range: GuestRange| pluggable.iter().any(|device| device.covers(range));
-        Charted {
-            region: region.clone(),
-            hva,
-            node: nodes.node(region),
-            image: decision(region.kind),
-            pages: used.map(|used| Pages {
-                kept_bytes: used.resident,
-                swapped_bytes: (!shared).then_some(used.swapped),
-                hole_bytes: region.len.saturating_sub(used.resident),
-                pluggable: region.range().is_some_and(of_device),
-            }),
-        }
+        Some(Pages {
+            kept_bytes: used.resident,
+            swapped_bytes: (!shared).then_some(used.swapped),
+            hole_bytes: region.len.saturating_sub(used.resident),
+            pluggable: region.range().is_some_and(of_device),
+        })
     };
     let all = located.map.regions().iter().zip(&located.view.regions);
-    let mut charted = charted;
-    all.map(|(region, place)| charted(region, place.hva)).collect()
+    all.map(|(region, place)| Charted {
+        region: region.clone(),
+        hva: place.hva,
+        node: nodes.node(region),
+        image: decision(region.kind),
+        pages: pages(region),
+    })
+    .collect()
 }
 
 fn decision(kind: Kind) -> Decision {
-    let (taken, why) = match kind {
-        Kind::Ram => (true, "the guest's RAM"),
-        Kind::Rom => (true, "ROM that is plain memory to the host"),
-        Kind::DeviceRam => (true, "memory of an emulated device"),
-        Kind::Romd => (false, "a device model answers reads"),
-        Kind::Nvdimm => (false, "persistent memory: a file of the host's"),
-        Kind::RamDevice => (false, "a passed-through device's: to read it is to touch hardware"),
+    let why = match kind {
+        Kind::Ram => "the guest's RAM",
+        Kind::Rom => "ROM that is plain memory to the host",
+        Kind::DeviceRam => "memory of an emulated device",
+        Kind::Romd => "a device model answers reads",
+        Kind::Nvdimm => "persistent memory: a file of the host's",
+        Kind::RamDevice => "a passed-through device's: to read it is to touch hardware",
     };
-    Decision { taken, why }
+    Decision { taken: kind.in_image(), why }
 }
 
 /// The guest's NUMA nodes, by QEMU's command line.
 struct Nodes {
-    /// Node and size in bytes of each, in the order of the nodes, when the machine's RAM is one block.
-    sizes: Vec<(u32, u64)>,
     /// Node of each backend.
     backends: BTreeMap<String, u32>,
+    /// Id of the backend that is cut among the nodes, and node and size in bytes of each piece in their order.
+    cut: Option<(String, Vec<(u32, u64)>)>,
 }
 
 /// QEMU's answer on a memory device.
@@ -399,35 +339,29 @@ impl Nodes {
             }
         }
         backends.extend(numa.iter().filter_map(|one| Some((one.memdev.clone()?, one.node))));
-        let sizes: Vec<(u32, u64)> =
-            numa.iter().filter_map(|one| Some((one.node, one.memory_bytes?))).collect();
-        // The machine's one block, cut among the nodes; a single node has all of it.
-        let Some(machine) = machine.map(id_of) else { return Self { sizes: Vec::new(), backends } };
-        if let ([one], []) = (numa, &sizes[..]) {
+        let Some(machine) = machine.map(id_of) else { return Self { backends, cut: None } };
+        if let [one] = numa {
             backends.entry(machine.to_owned()).or_insert(one.node);
         }
-        let block = located.view.blocks.iter().find(|block| id_of(&block.name) == machine);
-        let sum = sizes.iter().fold(0u64, |sum, (_, size)| sum.saturating_add(*size));
-        let whole = block.is_some_and(|block| block.total == sum) && sizes.len() == numa.len();
-        Self { sizes: if whole { sizes } else { Vec::new() }, backends }
+        let sizes: Option<Vec<(u32, u64)>> =
+            numa.iter().map(|one| Some((one.node, one.memory_bytes?))).collect();
+        Self { backends, cut: sizes.map(|sizes| (machine.to_owned(), sizes)) }
     }
 
     fn node(&self, region: &Region) -> Option<u32> {
         if region.kind != Kind::Ram {
             return None;
         }
-        // virtio-mem's backends have the device's path before their id.
         let block = id_of(region.block.as_deref()?);
+        // virtio-mem's backends have the device's path before their id.
         let id = block.rsplit('/').next().unwrap_or(block);
         if let Some(node) = self.backends.get(block).or_else(|| self.backends.get(id)) {
             return Some(*node);
         }
-        if self.backends.contains_key(block) || region.block.as_deref()?.contains('/') {
-            return None;
-        }
-        let (mut from, end) = (0u64, region.block_offset.saturating_add(region.len));
-        for (node, size) in &self.sizes {
-            let to = from.saturating_add(*size);
+        let (_, pieces) = self.cut.as_ref().filter(|(machine, _)| machine == block)?;
+        let (mut from, end) = (0u64, region.block_offset.checked_add(region.len)?);
+        for (node, size) in pieces {
+            let to = from.checked_add(*size)?;
             if region.block_offset >= from && end <= to {
                 return Some(*node);
             }
@@ -444,20 +378,17 @@ fn blocks(
     host_nodes: bool,
     warnings: &mut Vec<String>,
 ) -> Vec<Block> {
-    let maps = if host_nodes { Some(numa::maps(process)) } else { None };
-    let maps = match maps {
-        None => None,
-        Some(Ok(None)) => {
+    let maps =
+        if host_nodes { numa::maps(process).map_err(|error| told(&error)) } else { Ok(None) };
+    match &maps {
+        Err(why) => warnings.push(format!("where the host has pages is not known: {why}")),
+        Ok(None) if host_nodes => {
             warnings
                 .push("where the host has pages is not known: its kernel has no NUMA".to_owned());
-            None
         }
-        Some(Ok(maps)) => maps,
-        Some(Err(error)) => {
-            warnings.push(format!("where the host has pages is not known: {}", told(&error)));
-            None
-        }
-    };
+        Ok(_) => {}
+    }
+    let maps = maps.ok().flatten();
     let of = |(index, block): (usize, &RamBlock)| {
         let shown = located.view.regions.iter().find(|place| place.block_index == Some(index));
         let hva = block.hva.or_else(|| {
@@ -503,15 +434,15 @@ impl Route {
 /// The ways to the map beside the flat view.
 fn routes(
     located: &Located,
-    drawn: &Drawn,
+    compared: &Result<Comparison, String>,
     arithmetic: Result<Option<Vec<GuestRange>>, String>,
     probe: Result<&Probe, &String>,
 ) -> Vec<Route> {
-    let objects = match (arithmetic, &drawn.hidden) {
+    let objects = match (arithmetic, compared) {
         (Err(why), _) => Err(why),
         (Ok(None), _) => Err("this machine shows its RAM in another way".to_owned()),
         (_, Err(why)) => Err(why.clone()),
-        (Ok(Some(ranges)), Ok(hidden)) => {
+        (Ok(Some(ranges)), Ok(Comparison { hidden, .. })) => {
             let regions = located.map.regions().iter();
             let shown = regions.clone().filter_map(Region::range);
             let ram = regions.filter(|region| region.kind == Kind::Ram).filter_map(Region::range);
@@ -523,7 +454,10 @@ fn routes(
     };
     let dump = probe.map(|probe| probe.map_difference.clone()).map_err(Clone::clone);
     vec![
-        Route::of("graph", drawn.difference.clone()),
+        Route::of(
+            "graph",
+            compared.as_ref().map(|one| one.difference.clone()).map_err(Clone::clone),
+        ),
         Route::of("objects", objects),
         Route::of("dump", dump),
     ]
@@ -565,7 +499,7 @@ mod tests {
     #[test]
     fn a_region_lies_in_the_node_of_its_backend() {
         let backends = BTreeMap::from([("r0".to_owned(), 0), ("r1".to_owned(), 1)]);
-        let nodes = Nodes { sizes: Vec::new(), backends };
+        let nodes = Nodes { backends, cut: None };
         let names = ["r0", "/objects/r1", "0000:00:03.0/r1", "r2", "0000:00:02.0/vga.vram"];
         let found: Vec<Option<u32>> =
             names.iter().map(|name| nodes.node(&ram(name, 0, 4096))).collect();
@@ -576,8 +510,8 @@ mod tests {
 
     #[test]
     fn one_block_is_cut_among_the_nodes_in_their_order() {
-        let nodes =
-            Nodes { sizes: vec![(0, 0), (1, 1 << 20), (2, 1 << 20)], backends: BTreeMap::new() };
+        let cut = ("pc.ram".to_owned(), vec![(0, 0), (1, 1 << 20), (2, 1 << 20)]);
+        let nodes = Nodes { backends: BTreeMap::new(), cut: Some(cut) };
         let node = |from: u64, len: u64| nodes.node(&ram("pc.ram", from, len));
         assert_eq!((node(0, 1 << 20), node(1 << 20, 4096)), (Some(1), Some(2)));
         assert_eq!(node((1 << 20) - 4096, 8192), None, "in two nodes");

@@ -91,6 +91,13 @@ impl Target {
             reach: Vec::new(),
         }
     }
+
+    /// What the operator should know of how it was found.
+    pub fn warnings(&self) -> impl Iterator<Item = String> {
+        let unknown =
+            |text: &String| format!("whether the VM is libvirt's could not be asked: {text}");
+        self.silent.iter().map(unknown)
+    }
 }
 
 /// How long a socket named by the operator may take to be connected: its queue can be full.

@@ -124,21 +124,41 @@ pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
     Ok(Surveyed { row: target.row, facts, map: located.map, probe, decision })
 }
 
-/// Looks, and holds the map against the head of QEMU's dump. As it stops the guest, it is done as an
-/// acquisition is: by a guardian, which lets go whatever happens.
+/// Looks, and holds the map against the head of QEMU's dump.
 fn probe(request: &Request, target: Target, log: &Log) -> Result<(Looked, Option<Probe>), Failure> {
     let mut guardian = Guardian::start(&target, log)?;
     let looked = look(request, target, guardian.look()?, log)?;
-    plan::can_dump(&looked.facts).map_err(Failure::Refused)?;
-    let read = stream::dump_head(&mut guardian, request.wish.stall_budget);
+    plan::can_probe(&looked.facts).map_err(Failure::Refused)?;
+    let probe = dumped_head(guardian, &looked.located, request.wish.stall_budget, log)?;
+    Ok((looked, Some(probe)))
+}
+
+/// Has QEMU begin a dump for its head, against which the map is held. As that stops the guest, it is done as
+/// an acquisition is: by a guardian, which lets go whatever happens, and ends here.
+///
+/// # Errors
+/// [`Failure::Probe`] when the head was not had; [`Failure::NotAsFound`].
+pub(crate) fn dumped_head(
+    mut guardian: Guardian,
+    located: &Located,
+    at_most: Duration,
+    log: &Log,
+) -> Result<Probe, Failure> {
+    let read = stream::dump_head(&mut guardian, at_most);
+    let again = guardian.again();
     let parting = guardian.bye();
     if let Some(what) = parting.not_as_found {
         return Err(Failure::NotAsFound(what));
     }
     let read = read.map_err(|error| Failure::Probe(Box::new(error)))?;
-    let manifest::Registers { stood, machine, cpus, map_difference, .. } =
-        dump::registers_of(&read, log, &looked.located);
-    Ok((looked, Some(Probe { stood, machine, cpus, map_difference })))
+    let manifest::Registers { stood, machine, cpus, mut map_difference, .. } =
+        dump::registers_of(&read, log, located);
+    if let Some(difference) = &mut map_difference
+        && !again.is_ok_and(|again| again.view.same_memory(&located.view))
+    {
+        difference.push_str("; the guest has changed its map meanwhile, or cannot be asked");
+    }
+    Ok(Probe { stood, machine, cpus, map_difference })
 }
 
 /// Maps the VM's memory by what QEMU `asked` said, and gathers what the decision rests on.
@@ -146,10 +166,7 @@ fn probe(request: &Request, target: Target, log: &Log) -> Result<(Looked, Option
 /// # Errors
 /// [`Failure`].
 pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Result<Looked, Failure> {
-    let mut warnings: Vec<String> =
-        asked.skipped.iter().map(|text| format!("monitor skipped: {text}")).collect();
-    let unknown = |text: &String| format!("whether the VM is libvirt's could not be asked: {text}");
-    warnings.extend(target.silent.iter().map(unknown));
+    let mut warnings: Vec<String> = asked.warnings().chain(target.warnings()).collect();
     let Some(view) = asked.view else {
         let facts = Facts { confidential: asked.confidential, ..Facts::default() };
         return Err(Failure::Refused(refusal_of(&facts, request)));
@@ -189,7 +206,7 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
 }
 
 /// The refusal that `facts` lead to; they always do.
-fn refusal_of(facts: &Facts, request: &Request) -> Refusal {
+pub(crate) fn refusal_of(facts: &Facts, request: &Request) -> Refusal {
     plan::choose(facts, &request.wish).err().unwrap_or(Refusal {
         reason: "the guest's memory is hidden from the host".to_owned(),
         rejected: Vec::new(),

@@ -134,6 +134,13 @@ pub struct Asked {
     pub view: Option<GuestView>,
 }
 
+impl Asked {
+    /// What the operator should know of how it was asked.
+    pub fn warnings(&self) -> impl Iterator<Item = String> {
+        self.skipped.iter().map(|text| format!("monitor skipped: {text}"))
+    }
+}
+
 /// What is asked once more after the last read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AskedAgain {
@@ -259,7 +266,7 @@ impl Monitor {
             };
             let mut facts = self.facts();
             let arithmetic = qemu::arithmetic::ram(&mut facts, &view.devices).map_err(|e| told(&e));
-            let backend = facts.memory_backend().ok().flatten();
+            let backend = facts.memory_backend().map_err(|error| told(&error));
             let balloon = facts.balloon().map_err(|error| told(&error));
             let again = self.view()?;
             if view.same_memory(&again) {
@@ -267,9 +274,9 @@ impl Monitor {
             }
             view = again;
         }
-        let why = "the guest changes its map faster than it can be looked at";
-        let (none, balloon) = (|| why.to_owned(), Err(why.to_owned()));
-        Ok((view, More { graph: Err(none()), arithmetic: Err(none()), backend: None, balloon }))
+        let why = "the guest changes its map faster than it can be looked at".to_owned();
+        let (graph, arithmetic) = (Err(why.clone()), Err(why.clone()));
+        Ok((view, More { graph, arithmetic, backend: Err(why.clone()), balloon: Err(why) }))
     }
 
     /// The run state.

@@ -349,7 +349,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    pub(crate) fn new(reason: impl Into<String>, remedies: &[&str]) -> Self {
+    fn new(reason: impl Into<String>, remedies: &[&str]) -> Self {
         Self {
             reason: reason.into(),
             rejected: Vec::new(),
@@ -418,7 +418,7 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
     })
 }
 
-pub(crate) fn refuse_unreadable(facts: &Facts) -> Result<(), Refusal> {
+fn refuse_unreadable(facts: &Facts) -> Result<(), Refusal> {
     if let Some(what) = &facts.confidential {
         return Err(Refusal::new(
             format!("confidential guest ({what}): the host sees only ciphertext or nothing"),
@@ -639,8 +639,14 @@ fn auto(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
 const DUMP_OF_DOMAIN: &str =
     "a dump that libvirt did not begin itself ends libvirtd (9.x) when QEMU tells of its end";
 
+/// Whether the VM may be stopped for the head of QEMU's dump.
+pub(crate) fn can_probe(facts: &Facts) -> Result<(), Refusal> {
+    refuse_unreadable(facts)?;
+    can_dump(facts)
+}
+
 /// Whether QEMU's dump can be asked for at all.
-pub(crate) fn can_dump(facts: &Facts) -> Result<(), Refusal> {
+fn can_dump(facts: &Facts) -> Result<(), Refusal> {
     if facts.through_libvirt {
         let remedies = ["--method freeze", "--method snapshot"];
         return Err(Refusal::new(DUMP_OF_DOMAIN, &remedies));

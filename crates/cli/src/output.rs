@@ -50,6 +50,29 @@ pub(crate) fn safe(text: &str) -> String {
         .collect()
 }
 
+/// Rows as aligned lines, safe to show; the last column is as long as it is.
+pub(crate) fn columns(rows: &[Vec<String>]) -> Vec<String> {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| safe(cell)).collect()).collect();
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..count.saturating_sub(1)).map(width).collect();
+    let aligned = |row: &Vec<String>| {
+        let mut line = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            line.push_str(cell);
+            if let Some(width) = widths.get(column) {
+                let pad = width.saturating_sub(cell.chars().count()) + 2;
+                line.extend(std::iter::repeat_n(' ', pad));
+            }
+        }
+        line
+    };
+    rows.iter().map(aligned).collect()
+}
+
 /// A sentence to stderr.
 pub(crate) fn say(text: &str) {
     let _ = writeln!(io::stderr().lock(), "stillframe: {}", safe(text));
@@ -278,6 +301,13 @@ mod tests {
         assert_eq!(size(3_650_722_202), "3.4 GiB");
         assert_eq!(time(1_230_000_000), "1.23 s");
         assert_eq!(time(45_000_000), "45.0 ms");
+    }
+
+    #[test]
+    fn columns_align_and_are_safe() {
+        let rows = [["A", "B", "C"], ["lo\u{1b}ng", "x", "the last"]];
+        let rows = rows.map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(columns(&rows), ["A           B  C", "lo\\u{1b}ng  x  the last"]);
     }
 
     #[test]

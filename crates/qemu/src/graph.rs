@@ -26,7 +26,7 @@ use crate::qmp::{Hmp, Qmp, QmpError};
 use evidence::GuestRange;
 use evidence::range::hex;
 use serde::Serialize;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 /// Regions that one text may have; a machine with 256 DIMMs and 100 devices has some thousands.
@@ -71,7 +71,7 @@ pub struct Node {
 }
 
 /// What an alias shows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Alias {
     /// Name of the other region.
     pub target: String,
@@ -132,6 +132,18 @@ pub struct Hidden {
     /// A guest-physical address at which the guest does see the same bytes, if there is one for all of them.
     #[serde(serialize_with = "hex::optional")]
     pub shown_at: Option<u64>,
+}
+
+/// What the graph and the flat view say of each other.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Comparison {
+    /// How their memory differs; `None`: it does not. It would, if the guest changed its machine between the
+    /// two texts.
+    pub difference: Option<String>,
+    /// The memory that the flat view does not show where it would lie. Ascending.
+    pub hidden: Vec<Hidden>,
+    /// As [`Leaves::unknown`].
+    pub unknown: Vec<(GuestRange, String)>,
 }
 
 /// The address space that is the guest's physical memory.
@@ -329,69 +341,60 @@ impl Graph {
         Ok(leaves)
     }
 
-    /// How the memory in the flat view `entries`, ascending, differs from that of the graph, from which QEMU
-    /// draws it; `None`: it does not. It would, if the guest changed its machine between the two texts.
+    /// Holds the graph against the flat view `entries`, ascending, which QEMU draws from it.
     ///
     /// # Errors
-    /// As [`Graph::hidden`].
-    pub fn difference(&self, entries: &[Entry]) -> Result<Option<String>, String> {
-        let leaves = self.leaves()?;
+    /// As [`Graph::leaves`]; or there are too many pieces.
+    pub fn compare(&self, entries: &[Entry]) -> Result<Comparison, String> {
+        let Leaves { memory, unknown } = self.leaves()?;
+        let hidden = self.hidden(&memory, entries)?;
+        // What lies under nothing would be seen.
+        let seen = hidden.iter().find(|one| one.by.is_none()).map(|one| {
+            let (name, last) = (&one.name, one.gpa.saturating_add(one.len - 1));
+            format!("the graph shows {name:?} at {:#x}-{last:#x}, the flat view nothing", one.gpa)
+        });
+        let difference = self.unexplained(&memory, &unknown, entries).or(seen);
+        Ok(Comparison { difference, hidden, unknown })
+    }
+
+    /// The first memory in the flat view that no region of the graph has there.
+    fn unexplained(
+        &self,
+        memory: &[Leaf],
+        unknown: &[(GuestRange, String)],
+        entries: &[Entry],
+    ) -> Option<String> {
         // By region, and by what has to be added to an offset to have the address.
         let mut there: HashMap<(Identity<'_>, u64), Vec<GuestRange>> = HashMap::new();
-        for leaf in &leaves.memory {
+        for leaf in memory {
             let Some(node) = self.nodes.get(leaf.node) else { continue };
             let shift = leaf.range.start().wrapping_sub(leaf.offset);
             there.entry((identity(node), shift)).or_default().push(leaf.range);
         }
-        let unknown: Vec<GuestRange> = leaves.unknown.iter().map(|(range, _)| *range).collect();
-        for entry in entries.iter().filter(|entry| entry.range_type.is_memory()) {
-            let Some(range) = GuestRange::from_inclusive(entry.first, entry.last) else { continue };
+        let unknown: Vec<GuestRange> = unknown.iter().map(|(range, _)| *range).collect();
+        entries.iter().filter(|entry| entry.range_type.is_memory()).find_map(|entry| {
+            let range = GuestRange::from_inclusive(entry.first, entry.last)?;
             let shift = entry.first.wrapping_sub(entry.offset);
             let its = there.get(&(entry_identity(entry), shift)).map_or(&[][..], Vec::as_slice);
-            if let Some(more) = range.first_outside(&[its, &unknown].concat()) {
-                let name = &entry.name;
-                return Ok(Some(format!(
-                    "the flat view has {name:?} at {more}, which no region of the graph shows there"
-                )));
-            }
-        }
-        // What lies under nothing would be seen.
-        let seen = self.hidden(entries)?.into_iter().find(|one| one.by.is_none());
-        Ok(seen.map(|one| {
-            let (name, last) = (&one.name, one.gpa.saturating_add(one.len - 1));
-            format!("the graph shows {name:?} at {:#x}-{last:#x}, the flat view nothing", one.gpa)
-        }))
+            let more = range.first_outside(&[its, &unknown].concat())?;
+            let name = &entry.name;
+            Some(format!(
+                "the flat view has {name:?} at {more}, which no region of the graph shows there"
+            ))
+        })
     }
 
-    /// The memory that the flat view `entries`, ascending, does not show where it would lie. Ascending.
-    ///
-    /// # Errors
-    /// As [`Graph::leaves`]; or there are too many pieces.
-    pub fn hidden(&self, entries: &[Entry]) -> Result<Vec<Hidden>, String> {
+    fn hidden(&self, memory: &[Leaf], entries: &[Entry]) -> Result<Vec<Hidden>, String> {
         let mut by_region: HashMap<Identity<'_>, Vec<&Entry>> = HashMap::new();
         for entry in entries.iter().filter(|entry| entry.range_type.is_memory()) {
             by_region.entry(entry_identity(entry)).or_default().push(entry);
         }
         let mut hidden = Vec::new();
         let mut steps = 0usize;
-        for leaf in self.leaves()?.memory {
+        for leaf in memory {
             let Some(node) = self.nodes.get(leaf.node) else { continue };
             let its = by_region.get(&identity(node)).map_or(&[][..], Vec::as_slice);
-            // The first and last address, and what answers there.
-            let mut parts: Vec<(u64, u64, Option<&Entry>)> = Vec::new();
-            let (mut at, last) = (leaf.range.start(), leaf.range.last());
-            let from = entries.partition_point(|entry| entry.last < at);
-            for entry in entries.iter().skip(from).take_while(|entry| entry.first <= last) {
-                if entry.first > at {
-                    parts.push((at, entry.first - 1, None));
-                }
-                parts.push((at.max(entry.first), last.min(entry.last), Some(entry)));
-                at = entry.last.saturating_add(1);
-            }
-            if at <= last {
-                parts.push((at, last, None));
-            }
-            for (first, last, by) in parts {
+            for (first, last, by) in parts(leaf.range, entries) {
                 let offset = leaf.offset + (first - leaf.range.start());
                 let len = last - first + 1;
                 let shown = by.is_some_and(|by| {
@@ -421,6 +424,53 @@ impl Graph {
         hidden.dedup();
         Ok(hidden)
     }
+
+    /// The regions to show, by their places in [`Graph::nodes`], so that each that is switched on is shown once:
+    /// the root of [`MEMORY`], and what aliases lead to and does not stand under one before.
+    pub fn parts(&self) -> Vec<usize> {
+        let index = Index::of(self);
+        let mut wanted: Vec<usize> =
+            self.space(MEMORY).and_then(|tree| tree.root).into_iter().collect();
+        let mut seen = HashSet::new();
+        let mut parts = Vec::new();
+        let mut next = 0;
+        while let Some(root) = wanted.get(next).copied() {
+            next += 1;
+            // The text has a region that others lead to once more, in a tree of its own.
+            let Some(node) = self.nodes.get(root) else { continue };
+            if seen.contains(&(identity(node), &node.alias)) {
+                continue;
+            }
+            seen.insert((identity(node), &node.alias));
+            parts.push(root);
+            let mut ways = vec![root];
+            while let Some(at) = ways.pop() {
+                let Some(node) = self.nodes.get(at).filter(|node| node.enabled) else { continue };
+                seen.insert((identity(node), &node.alias));
+                wanted.extend(index.target(node));
+                ways.extend(node.children.iter().rev());
+            }
+        }
+        parts
+    }
+}
+
+/// A range cut where what answers changes: the first and last address of each part, and what answers there.
+fn parts(range: GuestRange, entries: &[Entry]) -> Vec<(u64, u64, Option<&Entry>)> {
+    let mut parts = Vec::new();
+    let (mut at, last) = (range.start(), range.last());
+    let from = entries.partition_point(|entry| entry.last < at);
+    for entry in entries.iter().skip(from).take_while(|entry| entry.first <= last) {
+        if entry.first > at {
+            parts.push((at, entry.first - 1, None));
+        }
+        parts.push((at.max(entry.first), last.min(entry.last), Some(entry)));
+        at = entry.last.saturating_add(1);
+    }
+    if at <= last {
+        parts.push((at, last, None));
+    }
+    parts
 }
 
 /// What tells regions apart in both texts; names need not be unique.
@@ -508,6 +558,7 @@ fn parse_ends(text: &str) -> Option<(u64, u64)> {
 mod tests {
     use super::*;
     use crate::mtree::ObjectName;
+    use crate::mtree::tests::entry;
     use proptest::prelude::*;
 
     const TEXT: &str = "\
@@ -569,22 +620,6 @@ memory-region: pc.bios
 
 ";
 
-    fn entry(first: u64, last: u64, name: &str, offset: u64) -> Entry {
-        Entry {
-            first,
-            last,
-            priority: 0,
-            range_type: RangeType::Ram,
-            nonvolatile: false,
-            name: name.to_owned(),
-            offset,
-            owner: None,
-            parent: None,
-            orphan: false,
-            in_kvm: false,
-        }
-    }
-
     #[test]
     fn memory_under_something_else_is_hidden() {
         let graph = Graph::parse(OVERLAID).unwrap();
@@ -603,15 +638,15 @@ memory-region: pc.bios
             ]
         );
         let view = [
-            entry(0, 0x9ffff, "pc.ram", 0),
-            Entry { range_type: RangeType::Io, ..entry(0xa0000, 0xbffff, "vga-lowmem", 0) },
-            entry(0xc0000, 0xdffff, "pc.ram", 0xc0000),
-            entry(0xe0000, 0xfffff, "pc.bios", 0x20000),
-            entry(0x10_0000, 0xfff_ffff, "pc.ram", 0x10_0000),
-            entry(1 << 32, 0x1_0fff_ffff, "pc.ram", 0x1000_0000),
+            entry("pc.ram", 0, 0x9ffff, 0),
+            Entry { range_type: RangeType::Io, ..entry("vga-lowmem", 0xa0000, 0xbffff, 0) },
+            entry("pc.ram", 0xc0000, 0xdffff, 0xc0000),
+            entry("pc.bios", 0xe0000, 0xfffff, 0x20000),
+            entry("pc.ram", 0x10_0000, 0xfff_ffff, 0x10_0000),
+            entry("pc.ram", 1 << 32, 0x1_0fff_ffff, 0x1000_0000),
         ];
-        assert_eq!(graph.difference(&view).unwrap(), None);
-        let hidden = graph.hidden(&view).unwrap();
+        assert_eq!(graph.compare(&view).unwrap().difference, None);
+        let hidden = graph.compare(&view).unwrap().hidden;
         let told: Vec<_> =
             hidden.iter().map(|h| (h.gpa, h.len, &*h.name, h.offset, h.by.as_deref())).collect();
         assert_eq!(
@@ -622,7 +657,7 @@ memory-region: pc.bios
             ]
         );
         assert!(hidden.iter().all(|one| one.shown_at.is_none()));
-        let nothing = graph.hidden(&view[..5]).unwrap();
+        let nothing = graph.compare(&view[..5]).unwrap().hidden;
         assert_eq!(nothing.last().map(|h| (h.gpa, h.by.as_deref())), Some((1 << 32, None)));
     }
 
@@ -631,11 +666,11 @@ memory-region: pc.bios
         let graph = Graph::parse(OVERLAID).unwrap();
         // The firmware under RAM, and all of it at another place.
         let view = [
-            entry(0, 0xfff_ffff, "pc.ram", 0),
-            entry(0xfffc_0000, 0xffff_ffff, "pc.bios", 0),
-            entry(1 << 32, 0x1_0fff_ffff, "pc.ram", 0x1000_0000),
+            entry("pc.ram", 0, 0xfff_ffff, 0),
+            entry("pc.bios", 0xfffc_0000, 0xffff_ffff, 0),
+            entry("pc.ram", 1 << 32, 0x1_0fff_ffff, 0x1000_0000),
         ];
-        let hidden = graph.hidden(&view).unwrap();
+        let hidden = graph.compare(&view).unwrap().hidden;
         let told: Vec<_> = hidden.iter().map(|h| (h.gpa, &*h.name, h.shown_at)).collect();
         assert_eq!(told, [(0xe0000, "pc.bios", Some(0xfffe_0000))]);
     }
@@ -644,15 +679,15 @@ memory-region: pc.bios
     fn memory_that_only_one_of_them_has_is_a_difference() {
         let graph = Graph::parse(OVERLAID).unwrap();
         let whole = [
-            entry(0, 0xd_ffff, "pc.ram", 0),
-            entry(0xe0000, 0xfffff, "pc.bios", 0x20000),
-            entry(0x10_0000, 0xfff_ffff, "pc.ram", 0x10_0000),
-            entry(1 << 32, 0x1_0fff_ffff, "pc.ram", 0x1000_0000),
+            entry("pc.ram", 0, 0xd_ffff, 0),
+            entry("pc.bios", 0xe0000, 0xfffff, 0x20000),
+            entry("pc.ram", 0x10_0000, 0xfff_ffff, 0x10_0000),
+            entry("pc.ram", 1 << 32, 0x1_0fff_ffff, 0x1000_0000),
         ];
         let differs = |change: &dyn Fn(&mut Vec<Entry>)| {
             let mut view = whole.to_vec();
             change(&mut view);
-            graph.difference(&view).unwrap()
+            graph.compare(&view).unwrap().difference
         };
         assert_eq!(differs(&|_| ()), None);
         let told = differs(&|view| view[2].offset += 0x1000).unwrap();
@@ -662,7 +697,7 @@ memory-region: pc.bios
         assert!(differs(&|view| view[2].name = "spare".into()).is_some(), "another region");
         let told = differs(&|view| drop(view.remove(3))).unwrap();
         assert!(told.contains("0x100000000-0x10fffffff, the flat view nothing"), "{told}");
-        let more = Entry { range_type: RangeType::Io, ..entry(1 << 40, 1 << 41, "x", 0) };
+        let more = Entry { range_type: RangeType::Io, ..entry("x", 1 << 40, 1 << 41, 0) };
         assert_eq!(differs(&|view| view.push(more.clone())), None, "registers");
     }
 
@@ -681,8 +716,8 @@ memory-region: vga.vram
         let leaves = graph.leaves().unwrap().memory;
         assert_eq!((leaves.len(), leaves[0].offset), (1, 0xf0_0000));
         assert_eq!(leaves[0].range.to_string(), "0xa0000-0xaffff");
-        let view = [entry(0xa0000, 0xaffff, "vga.vram", 0xf0_0000)];
-        assert_eq!(graph.difference(&view).unwrap(), None);
+        let view = [entry("vga.vram", 0xa0000, 0xaffff, 0xf0_0000)];
+        assert_eq!(graph.compare(&view).unwrap().difference, None);
     }
 
     #[test]
@@ -704,6 +739,8 @@ memory-region: pci_bridge_pci
 ";
         let graph = Graph::parse(text).unwrap();
         let Leaves { memory, unknown } = graph.leaves().unwrap();
+        let parts: Vec<_> = graph.parts().iter().map(|at| graph.nodes[*at].owner.clone()).collect();
+        assert_eq!(parts.len(), 3, "the root and two bridges: {parts:?}");
         let mut told: Vec<_> =
             memory.iter().map(|leaf| (leaf.range.start(), &*graph.nodes[leaf.node].name)).collect();
         told.sort_unstable();
@@ -714,14 +751,17 @@ memory-region: pci_bridge_pci
             Entry { owner: Some(Object { is_device: true, name }), ..entry }
         };
         let view = [
-            of("x", entry(0x1000_0000, 0x10ff_ffff, "bar.a", 0)),
-            of("y", entry(0x2000_0000, 0x20ff_ffff, "bar.b", 0)),
-            of("z", entry(0x3000_0000, 0x30ff_ffff, "bar.c", 0)),
+            of("x", entry("bar.a", 0x1000_0000, 0x10ff_ffff, 0)),
+            of("y", entry("bar.b", 0x2000_0000, 0x20ff_ffff, 0)),
+            of("z", entry("bar.c", 0x3000_0000, 0x30ff_ffff, 0)),
         ];
-        assert_eq!(graph.difference(&view).unwrap(), None);
-        assert!(graph.difference(&view[1..]).unwrap().is_some());
+        assert_eq!(graph.compare(&view).unwrap().difference, None);
+        assert!(graph.compare(&view[1..]).unwrap().difference.is_some());
         let other = [of("y", view[0].clone()), view[1].clone()];
-        assert!(graph.difference(&other).unwrap().is_some(), "another device's of that name");
+        assert!(
+            graph.compare(&other).unwrap().difference.is_some(),
+            "another device's of that name"
+        );
     }
 
     /// Some hundred kilobytes of text that lead to more ways than there is memory for.
@@ -765,7 +805,7 @@ memory-region: pci_bridge_pci
         #[test]
         fn no_text_breaks_it(text in "(address-space: m|memory-region: r|  0{16}-0{16} \\(prio 0, ram\\): a|\n| |.)*") {
             if let Ok(graph) = Graph::parse(&text) {
-                let _ = (graph.hidden(&[]), graph.difference(&[]));
+                let _ = (graph.compare(&[]), graph.parts());
             }
         }
     }

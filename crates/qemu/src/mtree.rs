@@ -428,9 +428,26 @@ fn parse_object(text: &str) -> Option<Object> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// A line of a flat view: RAM.
+    pub(crate) fn entry(name: &str, first: u64, last: u64, offset: u64) -> Entry {
+        Entry {
+            first,
+            last,
+            priority: 0,
+            range_type: RangeType::Ram,
+            nonvolatile: false,
+            name: name.into(),
+            offset,
+            owner: None,
+            parent: None,
+            orphan: false,
+            in_kvm: false,
+        }
+    }
 
     fn one(line: &str) -> Option<Entry> {
         let text = format!(

@@ -530,6 +530,7 @@ fn check_sum(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mtree::tests::entry;
 
     fn probed(start: u64, len: u64) -> Vec<u64> {
         probes(GuestRange::new(start, len).unwrap()).collect()
@@ -553,22 +554,6 @@ mod tests {
             total: used,
             hva,
             read_only: None,
-        }
-    }
-
-    fn entry(name: &str, first: u64, last: u64, offset: u64) -> Entry {
-        Entry {
-            first,
-            last,
-            priority: 0,
-            range_type: RangeType::Ram,
-            nonvolatile: false,
-            name: name.into(),
-            offset,
-            owner: None,
-            parent: None,
-            orphan: false,
-            in_kvm: false,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::args::List;
 use crate::exit::Exit;
-use crate::output::{self, safe, size};
+use crate::output::{self, size};
 use acquire::find::{self, Listing, Row};
 
 /// Prints a table, or one JSON object a line.
@@ -15,7 +15,7 @@ pub(crate) fn run(args: &List) -> Exit {
         }
     };
     for text in &silent {
-        output::say(&format!("warning: {}", safe(text)));
+        output::say(&format!("warning: {text}"));
     }
     if args.json {
         for row in &rows {
@@ -40,41 +40,24 @@ pub(crate) fn run(args: &List) -> Exit {
 
 /// The rows as aligned lines, a heading first. Monitors stand last: they are longest.
 fn table(rows: &[Row]) -> Vec<String> {
-    let mut cells: Vec<[String; 7]> =
-        vec![["NAME", "UUID", "PID", "RAM", "ACCEL", "MANAGER", "QMP SOCKETS"].map(str::to_owned)];
+    let heading = ["NAME", "UUID", "PID", "RAM", "ACCEL", "MANAGER", "QMP SOCKETS"];
+    let mut cells = vec![heading.map(str::to_owned).to_vec()];
     for row in rows {
         let monitors = match row.monitors.as_slice() {
             [] => "none".to_owned(),
             paths => paths.join(" "),
         };
-        cells.push([
-            safe(&row.name),
-            row.uuid.as_deref().map_or_else(|| "-".to_owned(), safe),
+        cells.push(vec![
+            row.name.clone(),
+            row.uuid.clone().unwrap_or_else(|| "-".to_owned()),
             row.pid.to_string(),
             row.memory_bytes.map_or_else(|| "?".to_owned(), size),
-            safe(&row.accelerator),
-            safe(&manager(row)),
-            safe(&monitors),
+            row.accelerator.clone(),
+            manager(row),
+            monitors,
         ]);
     }
-    let width = |column: usize| {
-        cells.iter().map(|row| row.get(column).map_or(0, |c| c.chars().count())).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..6).map(width).collect();
-    cells
-        .iter()
-        .map(|row| {
-            let mut line = String::new();
-            for (column, cell) in row.iter().enumerate() {
-                line.push_str(cell);
-                if let Some(width) = widths.get(column) {
-                    let pad = width.saturating_sub(cell.chars().count()) + 2;
-                    line.extend(std::iter::repeat_n(' ', pad));
-                }
-            }
-            line
-        })
-        .collect()
+    output::columns(&cells)
 }
 
 /// Whose VM it is, beside its process'.

@@ -5,7 +5,8 @@ use crate::cmd;
 use crate::exit::Exit;
 use crate::output::{self, safe, size};
 use crate::picture;
-use acquire::chart::{Chart, Charted, Pages, Route, Wish};
+use acquire::chart::{Chart, Charted, Pages, Route};
+use acquire::plan::TAINT;
 use qemu::graph::{Graph, Index, MEMORY};
 use std::fs;
 use std::io::{self, Write as _};
@@ -13,18 +14,13 @@ use std::path::Path;
 
 /// Looks and shows; changes nothing, but that the VM stands for a probe.
 pub(crate) fn run(args: &Map) -> Exit {
-    // Before it is done: to look is to ask QEMU.
-    let before = acquire::chart::warnings_before(&args.vm).unwrap_or_default();
-    for text in &before {
-        output::say(&format!("warning: {text}"));
-    }
+    cmd::say_taint(&args.vm);
     let probe = args.probe.then_some(args.stall_budget);
-    let wish = Wish { probe, host_nodes: args.host_nodes };
-    let chart = match acquire::chart::chart(&args.vm, &wish) {
+    let chart = match acquire::chart::chart(&args.vm, probe, args.host_nodes) {
         Ok(chart) => chart,
         Err(failure) => return cmd::acquire::failed(&failure),
     };
-    for text in chart.warnings.iter().filter(|text| !before.contains(text)) {
+    for text in chart.warnings.iter().filter(|text| *text != TAINT) {
         output::say(&format!("warning: {text}"));
     }
     let drawn = args.graph.as_deref().map(|file| write_new(file, &picture::map::draw(&chart)));
@@ -32,7 +28,7 @@ pub(crate) fn run(args: &Map) -> Exit {
         output::json(&chart);
     } else {
         for line in lines(&chart) {
-            if !output::line(&safe(&line)) {
+            if !output::line(&line) {
                 break;
             }
         }
@@ -41,7 +37,7 @@ pub(crate) fn run(args: &Map) -> Exit {
         (Some(file), Some(Err(error))) => {
             output::say(&format!("cannot write the picture {}: {error}", file.display()));
             if error.kind() == io::ErrorKind::AlreadyExists {
-                output::say("hint: nothing is overwritten; name a file that does not exist");
+                output::hint("nothing is overwritten; name a file that does not exist");
             }
             Exit::Failed
         }
@@ -60,10 +56,10 @@ fn write_new(file: &Path, text: &str) -> io::Result<()> {
 fn lines(chart: &Chart) -> Vec<String> {
     let (vm, qemu) = (&chart.vm, &chart.qemu);
     let mut lines = vec![
-        format!(
+        safe(&format!(
             "VM      {} (PID {}), {}, {}, QEMU {}, {}",
             vm.name, vm.pid, qemu.machine, qemu.accelerator, qemu.qemu_version, qemu.run_state
-        ),
+        )),
         format!(
             "RAM     {} at start, {} plugged in; balloon: {}",
             size(chart.size.base),
@@ -87,7 +83,7 @@ fn lines(chart: &Chart) -> Vec<String> {
         lines.extend(tree(graph));
     }
     lines.push(String::new());
-    lines.extend(table(view_table(chart)));
+    lines.extend(output::columns(&view_table(chart)));
     match &chart.hidden {
         None => lines.extend([String::new(), "what is hidden is not known".to_owned()]),
         Some(hidden) if hidden.is_empty() => {}
@@ -103,7 +99,7 @@ fn lines(chart: &Chart) -> Vec<String> {
                     one.shown_at.map_or_else(|| "-".to_owned(), |gpa| format!("{gpa:#x}")),
                 ]
             }));
-            lines.extend(table(cells));
+            lines.extend(output::columns(&cells));
         }
     }
     lines.push(String::new());
@@ -120,7 +116,7 @@ fn lines(chart: &Chart) -> Vec<String> {
     if !host_nodes {
         cells.iter_mut().for_each(|row| row.truncate(3));
     }
-    lines.extend(table(cells));
+    lines.extend(output::columns(&cells));
     lines
 }
 
@@ -130,7 +126,7 @@ fn route(route: &Route) -> String {
         (None, Some(why)) => format!("not compared: {why}"),
         (None, None) => "agrees with the flat view".to_owned(),
     };
-    format!("{:7} {said}", route.route)
+    format!("{:7} {}", route.route, safe(&said))
 }
 
 fn span(first: u64, last: u64) -> String {
@@ -185,57 +181,17 @@ fn view_row(one: &Charted) -> Vec<String> {
     ]
 }
 
-/// Rows as aligned lines; the last column is as long as it is.
-fn table(rows: Vec<Vec<String>>) -> Vec<String> {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| safe(cell).chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..columns.saturating_sub(1)).map(width).collect();
-    let aligned = |row: &Vec<String>| {
-        let mut line = String::new();
-        for (column, cell) in row.iter().enumerate() {
-            line.push_str(cell);
-            if let Some(width) = widths.get(column) {
-                let pad = width.saturating_sub(safe(cell).chars().count()) + 2;
-                line.extend(std::iter::repeat_n(' ', pad));
-            }
-        }
-        line
-    };
-    rows.iter().map(aligned).collect()
-}
-
-/// How deep a tree is shown.
-const DEPTH: usize = 64;
-
 /// The address space of the guest's memory as a tree, and the regions that its aliases show. What is switched
 /// off is only counted.
 fn tree(graph: &Graph) -> Vec<String> {
-    let index = Index::of(graph);
-    let shown = vec![false; graph.nodes.len()];
-    let mut tree = Tree { graph, index, lines: Vec::new(), shown, targets: Vec::new(), off: 0 };
-    let Some(root) = graph.space(MEMORY).and_then(|tree| tree.root) else { return tree.lines };
-    tree.lines.push(MEMORY.to_owned());
-    tree.branch(root, "", true, 0);
-    // In the order in which they were met.
-    let mut next = 0;
-    while let Some(target) = tree.targets.get(next).copied() {
-        next += 1;
-        let Some(node) = graph.nodes.get(target) else { continue };
-        // The same region may stand in the tree above, where it was printed once more.
-        let mut lines = graph.nodes.iter().zip(&tree.shown);
-        let is_there = lines.any(|(other, shown)| {
-            *shown
-                && other.name == node.name
-                && other.owner == node.owner
-                && other.alias == node.alias
+    let mut tree = Tree { graph, index: Index::of(graph), lines: Vec::new(), off: 0 };
+    for (number, root) in graph.parts().into_iter().enumerate() {
+        let name = graph.nodes.get(root).map_or("", |node| &node.name);
+        tree.lines.push(match number {
+            0 => MEMORY.to_owned(),
+            _ => format!("{}, shown by aliases", safe(name)),
         });
-        if !is_there {
-            tree.lines.push(format!("{:?}, shown by aliases", node.name));
-            tree.branch(target, "", true, 0);
-        }
+        tree.branch(root, "", true);
     }
     if tree.off > 0 {
         tree.lines.push(format!("{} more are switched off: --json has all", tree.off));
@@ -248,34 +204,25 @@ struct Tree<'g> {
     graph: &'g Graph,
     index: Index<'g>,
     lines: Vec<String>,
-    /// Of each node, whether it stands in a line.
-    shown: Vec<bool>,
-    /// What aliases in the lines show, each once.
-    targets: Vec<usize>,
+    /// How many regions were left out.
     off: usize,
 }
 
 impl Tree<'_> {
-    fn branch(&mut self, at: usize, indent: &str, last: bool, depth: usize) {
+    // As deep as the text is, which has a limit.
+    fn branch(&mut self, at: usize, indent: &str, last: bool) {
         let graph = self.graph;
-        let Some(node) = graph.nodes.get(at).filter(|_| depth < DEPTH) else { return };
-        if let Some(shown) = self.shown.get_mut(at) {
-            *shown = true;
-        }
+        let Some(node) = graph.nodes.get(at) else { return };
         let kind = match (&node.alias, node.children.is_empty()) {
             (Some(alias), _) => {
-                let target = self.index.target(node);
-                if let Some(target) = target.filter(|target| !self.targets.contains(target)) {
-                    self.targets.push(target);
-                }
-                let unknown = if target.is_none() { ", which is not known" } else { "" };
+                let unknown = self.index.target(node).is_none();
+                let unknown = if unknown { ", which is not known" } else { "" };
                 format!("alias of {} +{:#x}{unknown}", alias.target, alias.first)
             }
             (None, false) => "container".to_owned(),
             (None, true) => node.range_type.word().to_owned(),
         };
-        let mut line = format!("{indent}{} {}", if last { "└─" } else { "├─" }, node.name);
-        line.push_str(&format!("  {}  {kind}", span(node.first, node.last)));
+        let mut line = format!("{}  {}  {kind}", node.name, span(node.first, node.last));
         if node.nonvolatile {
             line.push_str(", persistent");
         }
@@ -285,13 +232,13 @@ impl Tree<'_> {
         if let Some(owner) = node.owner.as_ref().or(node.parent.as_ref()) {
             line.push_str(&format!("  ({owner})"));
         }
-        self.lines.push(line);
+        self.lines.push(format!("{indent}{} {}", if last { "└─" } else { "├─" }, safe(&line)));
         let below = format!("{indent}{}", if last { "   " } else { "│  " });
         let is_on = |child: &&usize| graph.nodes.get(**child).is_some_and(|node| node.enabled);
         let on: Vec<usize> = node.children.iter().filter(is_on).copied().collect();
         self.off += node.children.len() - on.len();
         for (number, child) in on.iter().enumerate() {
-            self.branch(*child, &below, number + 1 == on.len(), depth + 1);
+            self.branch(*child, &below, number + 1 == on.len());
         }
     }
 }
@@ -324,16 +271,10 @@ memory-region: pc.ram
                 "   ├─ ram-below-4g  0x0-0xfffffff  alias of pc.ram +0x0",
                 "   ├─ pc.bios  0xf0000-0xfffff  rom",
                 "   └─ isa-bios  0xe0000-0xeffff  alias of pc.bios +0x0",
-                "\"pc.ram\", shown by aliases",
+                "pc.ram, shown by aliases",
                 "└─ pc.ram  0x0-0xfffffff  ram",
                 "1 more are switched off: --json has all",
             ]
         );
-    }
-
-    #[test]
-    fn columns_align() {
-        let rows = vec![cells(["A", "B", "C"]), cells(["long", "x", "the last one"])];
-        assert_eq!(table(rows), ["A     B  C", "long  x  the last one"]);
     }
 }

@@ -12,7 +12,7 @@ use crate::args::How;
 use crate::exit::Exit;
 use crate::output;
 use ::acquire::find::FindError;
-use ::acquire::plan::{Refusal, Wish};
+use ::acquire::plan::{Refusal, TAINT, Wish};
 
 /// The wish that the shared flags express.
 pub(crate) fn wish(how: &How) -> Wish {
@@ -60,4 +60,11 @@ pub(crate) fn not_found(error: &FindError) -> Exit {
         _ => output::hint("run as root; `stillframe doctor` shows what stands in the way"),
     }
     Exit::Refused
+}
+
+/// Says that to ask the VM marks it, where it does: before it is asked.
+pub(crate) fn say_taint(vm: &str) {
+    if ::acquire::find::one(vm).is_ok_and(|target| target.through.is_some()) {
+        output::say(&format!("warning: {TAINT}"));
+    }
 }

@@ -5,7 +5,7 @@ use crate::cmd;
 use crate::exit::Exit;
 use crate::output::{self, safe, size, time};
 use ::acquire::look::Probe;
-use ::acquire::plan::{Plan, TAINT};
+use ::acquire::plan::Plan;
 use ::acquire::{Request, Surveyed};
 
 /// Looks, decides, prints; changes nothing, unless it is to probe.
@@ -19,10 +19,7 @@ pub(crate) fn run(args: &args::Plan) -> Exit {
         probe: args.probe,
         ..Request::default()
     };
-    // Before it is done: to look is to ask QEMU.
-    if ::acquire::find::one(&request.vm).is_ok_and(|target| target.through.is_some()) {
-        output::say(&format!("warning: {TAINT}"));
-    }
+    cmd::say_taint(&request.vm);
     let surveyed = match ::acquire::survey(&request) {
         Ok(surveyed) => surveyed,
         Err(failure) => return cmd::acquire::failed(&failure),

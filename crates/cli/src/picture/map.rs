@@ -5,9 +5,8 @@ use super::Svg;
 use crate::output::size;
 use acquire::chart::{Chart, Charted};
 use evidence::{GuestRange, Kind, Region};
-use qemu::graph::{Graph, Index, MEMORY, Node};
+use qemu::graph::{Graph, Node};
 use qemu::mtree::RangeType;
-use std::collections::HashSet;
 
 /// Colours by what a region is; light and dark.
 const STYLE: &str = "
@@ -178,56 +177,38 @@ fn drawn_from_rows(rows: &[Row<'_>], region: &Region, in_space: bool) -> Vec<usi
 
 /// The tree of the guest's memory, with what its aliases show behind it. What is switched off is left out.
 fn rows(graph: &Graph) -> Vec<Row<'_>> {
-    let (mut rows, index) = (Vec::new(), Index::of(graph));
-    let Some(root) = graph.space(MEMORY).and_then(|tree| tree.root) else { return rows };
-    below(graph, root, 0, &mut rows);
-    let (mut next, mut seen) = (0, HashSet::new());
-    while let Some(row) = rows.get(next) {
-        next += 1;
-        let alias = row.node.filter(|node| node.alias.is_some());
-        let Some(target) = alias.and_then(|node| index.target(node)) else { continue };
-        let Some(node) = graph.nodes.get(target).filter(|_| seen.insert(target)) else { continue };
-        let is_it = |row: &Row<'_>| {
-            row.node.is_some_and(|other| {
-                other.alias == node.alias && other.name == node.name && other.owner == node.owner
-            })
-        };
-        if !rows.iter().any(is_it) {
-            let from = rows.len();
-            below(graph, target, 0, &mut rows);
-            rows.iter_mut().skip(from).for_each(|row| row.in_space = false);
-            if let Some(row) = rows.get_mut(from) {
-                row.text.push_str(", shown by aliases");
-            }
+    let mut rows = Vec::new();
+    for (number, root) in graph.parts().into_iter().enumerate() {
+        let from = rows.len();
+        below(graph, root, 0, number == 0, &mut rows);
+        if let Some(row) = rows.get_mut(from).filter(|_| number > 0) {
+            row.text.push_str(", shown by aliases");
         }
     }
     rows
 }
 
-/// How deep a tree is drawn.
-const DEPTH: usize = 24;
-
-fn below<'g>(graph: &'g Graph, at: usize, depth: usize, rows: &mut Vec<Row<'g>>) {
-    let Some(node) = graph.nodes.get(at).filter(|_| depth < DEPTH) else { return };
+fn below<'g>(graph: &'g Graph, at: usize, depth: usize, in_space: bool, rows: &mut Vec<Row<'g>>) {
+    let Some(node) = graph.nodes.get(at) else { return };
     let shows = node.alias.as_ref().map(|alias| alias.target.as_str());
     let mut text = node.name.clone();
     if let Some(alias) = &node.alias {
         text.push_str(&format!("  \u{2192} {} +{:#x}", alias.target, alias.first));
     }
-    rows.push(Row { depth, node: Some(node), text, shows, in_space: true });
+    rows.push(Row { depth, node: Some(node), text, shows, in_space });
     let mut registers = 0u32;
     for child in &node.children {
         let Some(inner) = graph.nodes.get(*child).filter(|node| node.enabled) else { continue };
         if inner.alias.is_none() && inner.children.is_empty() && inner.range_type == RangeType::Io {
             registers += 1;
         } else {
-            below(graph, *child, depth + 1, rows);
+            below(graph, *child, depth + 1, in_space, rows);
         }
     }
     if registers > 0 {
         let s = if registers == 1 { "" } else { "s" };
         let text = format!("{registers} region{s} of device registers");
-        rows.push(Row { depth: depth + 1, node: None, text, shows: None, in_space: true });
+        rows.push(Row { depth: depth + 1, node: None, text, shows: None, in_space });
     }
 }
 
