@@ -100,6 +100,17 @@ fn a_domain_is_imaged_by_every_method(lab: &Lab) -> Result<()> {
         assert!(refused.stderr.contains("ends libvirtd"), "{}", refused.stderr);
     }
 
+    // Where the kernel tracks, which this one need not.
+    let track = lab.tool(["plan", NAME, "--method", "track", "--stall-budget", "900ms"])?;
+    if track.status.code() == Some(0) {
+        acquire(lab, NAME, "track", &["--stall-budget", "900ms"])?.remove()?;
+        domain.assert_as_found().doing("track")?;
+    } else {
+        let refused = track.expect_code(4)?;
+        assert!(refused.stderr.contains("CONFIG_MEM_SOFT_DIRTY"), "{}", refused.stderr);
+        println!("         track: not on this kernel");
+    }
+
     let _allowed = Userfaults::set("1")?;
     for (method, flags, class) in [
         ("live", &[][..], "none"),
