@@ -84,7 +84,7 @@ fn ask(qmp: &mut Qmp, told: &mut Vec<String>) {
     tell(&facts.memory_devices());
     tell(&facts.confidential());
     tell(&facts.migration());
-    tell(&facts.balloon());
+    tell(&qemu::balloon::take(&mut facts));
     tell(&facts.memory_regions_of("/machine/x"));
     tell(&qmp.hmp(Hmp::Gpa2Hva(4096), WAIT));
     tell(&qmp.poll_events(WAIT));

@@ -264,7 +264,9 @@ impl Builder {
         if self.linux {
             command.arg("-kernel").arg(self.kit.kernel());
             command.arg("-initrd").arg(self.kit.initramfs());
-            let mut words = format!("console=ttyS0 quiet panic=-1{}", self.append);
+            // A quarter of the time to boot: nobody here needs what these are for.
+            let light = "cryptomgr.notests lsm= audit=0";
+            let mut words = format!("console=ttyS0 quiet panic=-1 {light}{}", self.append);
             if self.machine == Machine::Microvm && self.accel == Accel::Tcg {
                 words.push_str(&tsc_hint());
             }
@@ -662,7 +664,8 @@ impl Guest {
     }
 
     fn quit(&mut self) -> Result<()> {
-        let patience = Duration::from_secs(10);
+        // That it goes is what counts, not how soon: machines stand still for ten seconds.
+        let patience = Duration::from_secs(60);
         let until = Instant::now() + patience;
         self.qmp.send_only("quit");
         while Instant::now() < until {

@@ -24,6 +24,7 @@ mod guest;
 mod initramfs;
 mod kit;
 pub mod libvirtd;
+pub mod metronome;
 mod mtree;
 pub mod outer;
 #[path = "../guest/pattern.rs"]

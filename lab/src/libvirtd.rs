@@ -1,13 +1,15 @@
 //! A real libvirtd, the host's own, started for a test and ended with it; and domains of it.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::error::{Doing, Result, failed, skipped};
+use crate::error::{Doing, Result, failed, skipped, timed_out};
 use crate::kit::{Kit, Version, is_root};
 use crate::proc;
 use crate::runner::finish;
@@ -15,14 +17,17 @@ use crate::runner::finish;
 /// Where it listens.
 const SOCKET: &str = "/run/libvirt/libvirt-sock";
 
+/// Where its daemon for logs does.
+const LOGS: &str = "/run/libvirt/virtlogd-sock";
+
 /// Longest wait for it, and for what it does.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// The daemon, and its daemon for logs.
 #[derive(Debug)]
 pub struct Libvirtd {
-    daemon: Child,
-    logs: Child,
+    daemon: Daemon,
+    logs: Daemon,
 }
 
 /// Runs a daemon, ends it when it is killed itself, and reaps what the daemon leaves: libvirt waits for a
@@ -40,11 +45,63 @@ while os.wait()[0] != daemon:
     pass
 ";
 
-fn start(program: &str) -> Result<Child> {
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "python3", "-c", REAPER, program]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.spawn().doing(format_args!("starting {program}"))
+/// A daemon under its reaper; dropped, both are gone.
+#[derive(Debug)]
+struct Daemon {
+    reaper: Child,
+}
+
+impl Daemon {
+    fn start(program: &str) -> Result<Self> {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "python3", "-c", REAPER, program]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let reaper = command.spawn().doing(format_args!("starting {program}"))?;
+        Ok(Self { reaper })
+    }
+
+    fn lives(&mut self) -> Result<bool> {
+        Ok(self.reaper.try_wait()?.is_none())
+    }
+
+    /// Kills the daemon and waits until it is gone: its reaper waits for it, and ends. When the reaper is
+    /// killed nobody waits, and the next daemon finds the lock of this one still taken.
+    fn end(&mut self) -> Result<()> {
+        if !self.lives()? {
+            return Ok(());
+        }
+        let daemon = proc::child_of(self.reaper.id()).and_then(|pid| i32::try_from(pid).ok());
+        match daemon.and_then(Pid::from_raw) {
+            // Gone is as well.
+            Some(daemon) => drop(kill_process(daemon, Signal::KILL)),
+            None => self.reaper.kill()?,
+        }
+        self.reaper.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+fn wait_for(what: &str, mut comes: impl FnMut() -> bool) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    while !comes() {
+        if Instant::now() > until {
+            return Err(timed_out(what, PATIENCE));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Waits until the init of a guest listens whose console goes into this file.
+pub fn await_ready(console: &Path) -> Result<()> {
+    let ready = || fs::read_to_string(console).unwrap_or_default().contains("guest-ready");
+    wait_for("the guest's init", ready)
 }
 
 /// How `virsh` is started on one daemon: its own words but the command.
@@ -87,22 +144,24 @@ impl Libvirtd {
         if !proc::with_program(Path::new("/usr/sbin/libvirtd")).is_empty() {
             return Err(skipped("a libvirtd that is not the lab's runs here"));
         }
-        let logs = start("/usr/sbin/virtlogd")?;
-        let libvirtd = Self { daemon: start("/usr/sbin/libvirtd")?, logs };
+        let logs = Daemon::start("/usr/sbin/virtlogd")?;
+        // Of a domain that starts before it listens libvirtd says that it cannot.
+        wait_for("virtlogd", || UnixStream::connect(LOGS).is_ok())?;
+        let libvirtd = Self { daemon: Daemon::start("/usr/sbin/libvirtd")?, logs };
         Virsh::system().wait()?;
         Ok(libvirtd)
     }
 
     /// Whether it is the one that was started, and lives.
     pub fn lives(&mut self) -> Result<bool> {
-        Ok(self.daemon.try_wait()?.is_none())
+        self.daemon.lives()
     }
 
     /// Kills it, waits so long, and starts another one.
     pub fn restart(&mut self, pause: Duration) -> Result<()> {
-        self.daemon.kill().and_then(|()| self.daemon.wait()).doing("killing libvirtd")?;
+        self.daemon.end().doing("killing libvirtd")?;
         std::thread::sleep(pause);
-        self.daemon = start("/usr/sbin/libvirtd")?;
+        self.daemon = Daemon::start("/usr/sbin/libvirtd")?;
         Virsh::system().wait()
     }
 
@@ -114,9 +173,8 @@ impl Libvirtd {
 
 impl Drop for Libvirtd {
     fn drop(&mut self) {
-        for child in [&mut self.daemon, &mut self.logs] {
-            let _ = child.kill();
-            let _ = child.wait();
+        for daemon in [&mut self.daemon, &mut self.logs] {
+            let _ = daemon.end();
         }
         // What a killed daemon leaves; another one would find a socket that nobody serves.
         for name in ["libvirt-sock", "libvirt-sock-ro", "libvirt-admin-sock"] {
@@ -204,13 +262,7 @@ impl Domain {
         let pids = proc::with_argument(&domain.uuid).into_iter();
         let mut pids = pids.filter(|pid| proc::command_line(*pid).contains("-uuid"));
         domain.pid = pids.next().ok_or_else(|| failed("no QEMU of the domain"))?;
-        let until = Instant::now() + PATIENCE;
-        while !fs::read_to_string(&domain.console).unwrap_or_default().contains("guest-ready") {
-            if Instant::now() > until {
-                return Err(failed(format_args!("domain {name:?} does not come up")));
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        await_ready(&domain.console).doing(format_args!("domain {name:?}"))?;
         domain.capabilities = domain.qmp("query-migrate-capabilities")?;
         Ok(domain)
     }

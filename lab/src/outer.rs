@@ -235,8 +235,8 @@ impl Outer {
         let panicked = read(&at("console")).contains(PANIC);
         let ending = text.rsplit_once("\n>>>outer ");
         // Nothing in there resets the machine: a translated CPU that does has lost its way. One that did not
-        // come to the job is an error: the next would not either.
-        let reset = ending.is_none() && !text.trim().is_empty();
+        // come up is an error: the next would not either.
+        let reset = ending.is_none() && read(&output).starts_with(IS_UP);
         if ended == Ended::Stuck || panicked || reset {
             if reset && ended == Ended::ByItself {
                 println!(

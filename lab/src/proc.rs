@@ -66,6 +66,12 @@ pub fn with_program(program: &Path) -> Vec<u32> {
     pids.filter(runs).collect()
 }
 
+/// The first child of a process.
+pub fn child_of(pid: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
+}
+
 /// The command line of a process with spaces between its words; empty when it is gone.
 pub fn command_line(pid: u32) -> String {
     let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -63,8 +63,8 @@ impl Session {
                 return Err(failed("no libvirtd in the container"));
             }
             std::thread::sleep(Duration::from_millis(20));
-            session.init = child_of(session.unshare.id()).unwrap_or(0);
-            let child = child_of(session.init);
+            session.init = proc::child_of(session.unshare.id()).unwrap_or(0);
+            let child = proc::child_of(session.init);
             let is_it = |pid: &u32| proc::command_line(*pid).starts_with("/usr/sbin/libvirtd");
             session.daemon = child.filter(is_it).unwrap_or(0);
         }
@@ -83,7 +83,7 @@ impl Session {
 
     /// Whether the libvirtd is the one that was started, and lives.
     pub fn lives(&self) -> bool {
-        child_of(self.init) == Some(self.daemon)
+        proc::child_of(self.init) == Some(self.daemon)
             && proc::command_line(self.daemon).starts_with("/usr/sbin/libvirtd")
     }
 
@@ -120,12 +120,6 @@ impl Drop for Session {
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
     }
-}
-
-/// The first child of a process.
-fn child_of(pid: u32) -> Option<u32> {
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
-    children.split_whitespace().next()?.parse().ok()
 }
 
 /// Which PID namespace a process is in.

@@ -7,8 +7,10 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
 
 use crate::Outcome;
 use crate::build::target;
@@ -59,7 +61,7 @@ pub(crate) struct Args {
     pub(crate) target: Option<String>,
 }
 
-/// Builds the targets and runs them one after the other; `false` when one crashed.
+/// Builds the targets and runs them, as many at a time as there are cores; `false` when one crashed.
 pub(crate) fn run(args: &Args) -> Outcome<bool> {
     let fuzz = root()?.join("fuzz");
     let mut names = targets(&fuzz)?;
@@ -71,15 +73,33 @@ pub(crate) fn run(args: &Args) -> Outcome<bool> {
     }
     let binaries = build()?;
     ok(Command::new(binaries.join("seeds")).arg(fuzz.join("corpus")))?;
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
     let mut crashed = Vec::new();
-    for name in &names {
-        let run = one(&fuzz, &binaries, name, args.seconds)?;
-        let verdict = if run.status.success() { "ok" } else { "CRASHED" };
-        let (runs, edges) = (run.runs, run.edges);
-        println!("fuzz {name:9} {runs:>9} runs {edges:>6} edges covered  {verdict}");
-        if !run.status.success() {
-            explain(&fuzz, &binaries, name, &run);
-            crashed.push(name.as_str());
+    for side_by_side in names.chunks(cores) {
+        let runs: Vec<Result<Run, String>> = thread::scope(|scope| {
+            let start = |name: &String| {
+                let name = name.clone();
+                let (fuzz, binaries) = (&fuzz, &binaries);
+                scope.spawn(move || {
+                    one(fuzz, binaries, &name, args.seconds).map_err(|e| e.to_string())
+                })
+            };
+            let started: Vec<_> = side_by_side.iter().map(start).collect();
+            let ended = started.into_iter().map(|run| {
+                run.join()
+                    .unwrap_or_else(|_| Err("the thread that ran a target panicked".to_owned()))
+            });
+            ended.collect()
+        });
+        for (name, run) in side_by_side.iter().zip(runs) {
+            let run = run?;
+            let verdict = if run.status.success() { "ok" } else { "CRASHED" };
+            let (runs, edges) = (run.runs, run.edges);
+            println!("fuzz {name:9} {runs:>9} runs {edges:>6} edges covered  {verdict}");
+            if !run.status.success() {
+                explain(&fuzz, &binaries, name, &run);
+                crashed.push(name.as_str());
+            }
         }
     }
     if !crashed.is_empty() {

@@ -9,16 +9,16 @@ use crate::look::{self, Probe};
 use crate::map::{self, Located};
 use crate::monitor::{Asked, Monitor, VmFacts};
 use crate::plan::{self, Facts, TAINT};
-use crate::{Failure, Request, told};
+use crate::{Failure, Request, amount, told};
 use evidence::map::Mapping;
 use evidence::range::hex;
 use evidence::{GuestRange, Kind, Region};
 use host::Process;
 use host::guest_memory::Usage;
 use host::numa::{self, NumaMap};
-use qemu::facts::{DeviceType, MemoryDevice, MemorySize};
+use qemu::facts::{MemoryDevice, MemorySize};
 use qemu::graph::{Comparison, Graph, Hidden};
-use qemu::{FlatViews, RamBlock};
+use qemu::{Balloon, FlatViews, RamBlock};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -32,8 +32,8 @@ pub struct Chart {
     pub qemu: VmFacts,
     /// Sizes of the guest's memory.
     pub size: MemorySize,
-    /// Bytes of RAM that the balloon leaves the guest, plugged in ones among them; null without a balloon.
-    pub balloon_bytes: Option<u64>,
+    /// The balloon; null without one.
+    pub balloon: Option<Balloon>,
     /// The flat view: what answers where, as far as it is memory. Ascending.
     pub regions: Vec<Charted>,
     /// Memory that lies under something else; null when it is not known: see `warnings`.
@@ -135,15 +135,7 @@ pub struct Device {
 impl From<&MemoryDevice> for Device {
     fn from(device: &MemoryDevice) -> Self {
         Self {
-            device: match &device.device_type {
-                DeviceType::Dimm => "dimm",
-                DeviceType::Nvdimm => "nvdimm",
-                DeviceType::VirtioMem => "virtio-mem",
-                DeviceType::VirtioPmem => "virtio-pmem",
-                DeviceType::SgxEpc => "sgx-epc",
-                DeviceType::Other(word) => word,
-            }
-            .to_owned(),
+            device: device.device_type.word().to_owned(),
             id: device.id.clone(),
             addr: device.addr,
             size_bytes: device.size,
@@ -217,7 +209,7 @@ pub fn chart(vm: &str, probe: Option<Duration>, host_nodes: bool) -> Result<Char
         vm: target.row,
         qemu: asked.vm,
         size: located.view.size,
-        balloon_bytes: more.balloon.ok().flatten(),
+        balloon: more.balloon.ok().flatten(),
         devices: located.view.devices.iter().map(Device::from).collect(),
         regions: regions(&located, &usage, &nodes),
         routes: routes(&located, &compared, more.arithmetic, probe.as_ref()),
@@ -265,8 +257,8 @@ pub(crate) struct More {
     pub(crate) arithmetic: Result<Option<Vec<GuestRange>>, String>,
     /// Object path of the backend that is the machine's RAM, where there is one.
     pub(crate) backend: Result<Option<String>, String>,
-    /// Bytes that the balloon leaves the guest.
-    pub(crate) balloon: Result<Option<u64>, String>,
+    /// The balloon.
+    pub(crate) balloon: amount::Asked,
 }
 
 fn compare(graph: &Result<Graph, String>, located: &Located) -> Result<Comparison, String> {

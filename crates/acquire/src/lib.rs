@@ -4,6 +4,7 @@
 //! It holds the branches; the other modules get what they need and do one thing.
 #![forbid(unsafe_code)]
 
+pub mod amount;
 pub mod chart;
 pub mod copy;
 pub mod doctor;
@@ -246,6 +247,8 @@ struct Run {
     map_after: Option<(FileRecord, Vec<u8>)>,
     map_difference: Option<String>,
     run_state_after: Option<String>,
+    /// How much memory the guest has, before and after.
+    amount: manifest::Amount,
     /// Names of the events that QEMU told of meanwhile.
     events: Vec<String>,
     /// What happened to the machine meanwhile.
@@ -313,6 +316,7 @@ impl Run {
             map_after: None,
             map_difference: None,
             run_state_after: None,
+            amount: looked.amount.clone(),
             events: Vec::new(),
             disturbances: Vec::new(),
             readers: Vec::new(),
@@ -737,6 +741,9 @@ impl Run {
             let text = "QEMU's events may have been missed: the guardian was lost".to_owned();
             self.disturbances.push(text);
         }
+        if let Ok(asked) = &asked {
+            amount::after(&mut self.amount, asked);
+        }
         match asked.map_err(Failure::from).and_then(|asked| looked.again(asked)) {
             Ok(again) => {
                 let text = again.located.text().into_bytes();
@@ -1027,6 +1034,7 @@ impl Run {
             },
             map_difference: self.map_difference,
             run_state_after: self.run_state_after,
+            amount: self.amount,
             events: self.events,
             disturbances: self.disturbances,
             class,

@@ -8,7 +8,7 @@ use crate::map::{self, Located};
 use crate::method::{dump, stream};
 use crate::monitor::{Asked, AskedAgain, Monitor, Told, VmFacts};
 use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, TrackFacts};
-use crate::{Failure, Request, draft, speed, told};
+use crate::{Failure, Request, amount, draft, speed, told};
 use evidence::format::{self, Arch, Format};
 use evidence::manifest;
 use evidence::map::Mapping;
@@ -29,6 +29,8 @@ pub struct Looked {
     pub vm: VmFacts,
     /// Where its memory is.
     pub located: Located,
+    /// How much memory it has.
+    pub amount: manifest::Amount,
     /// The way to read it.
     pub memory: GuestMemory,
     /// What the decision rests on.
@@ -171,6 +173,10 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
         let facts = Facts { confidential: asked.confidential, ..Facts::default() };
         return Err(Failure::Refused(refusal_of(&facts, request)));
     };
+    let amount = amount::before(&view, &asked.balloon);
+    if let Err(why) = &asked.balloon {
+        warnings.push(format!("the balloon is not known: {why}"));
+    }
     let (located, memory) = map::locate(view, &target.process)?;
     let blocks = evidence::block::cut(&located.map).map_err(|error| {
         Failure::Refused(Refusal {
@@ -202,7 +208,7 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
                 .to_owned(),
         );
     }
-    Ok(Looked { target, vm: asked.vm, located, memory, facts, resident, warnings })
+    Ok(Looked { target, vm: asked.vm, located, amount, memory, facts, resident, warnings })
 }
 
 /// The refusal that `facts` lead to; they always do.
@@ -530,7 +536,7 @@ impl Looked {
             return Err(Failure::Host(host::HostError::Exited { pid: process.pid() }));
         }
         self.memory.check_mappings()?;
-        let AskedAgain { view, run_state, events, reopened } = asked;
+        let AskedAgain { view, run_state, events, reopened, .. } = asked;
         let (located, _) = map::locate(view, process)?;
         Ok(Again { located, run_state, events, reopened })
     }

@@ -132,6 +132,10 @@ impl Located {
             self.view.size.base,
             self.view.size.plugged.map_or_else(|| "none".to_owned(), |n| n.to_string()),
         );
+        let _ = writeln!(text, "\n# QEMU: query-memory-devices");
+        for device in &self.view.devices {
+            let _ = writeln!(text, "{}", device.raw);
+        }
         let _ = writeln!(text, "\n# host: mappings of the process that hold guest memory");
         if self.mappings.is_empty() {
             let _ = writeln!(text, "# not shown to this user");

@@ -3,6 +3,7 @@
 //!
 //! `plan` asks by itself; in an acquisition only the guardian does.
 
+use crate::amount;
 use crate::chart::More;
 use crate::find::LibvirtDomain;
 use crate::log::Notes;
@@ -17,10 +18,10 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long a monitor may take to greet when others are left to try.
-const ONE_OF_SEVERAL: Duration = Duration::from_secs(1);
+/// How long a monitor may take to greet at least, however many are left to try.
+const ONE_OF_MANY: Duration = Duration::from_secs(1);
 
-/// How long the only one may take.
+/// How long the only one may take, and several together.
 const ONLY_ONE: Duration = Duration::from_secs(4);
 
 /// So many directories are passed on at most; QEMU has one monitor or two.
@@ -130,6 +131,8 @@ pub struct Asked {
     pub snapshots: Option<bool>,
     /// Block jobs under way.
     pub block_jobs: Vec<String>,
+    /// The balloon.
+    pub balloon: amount::Asked,
     /// The memory map.
     pub view: Option<GuestView>,
 }
@@ -146,6 +149,8 @@ impl Asked {
 pub struct AskedAgain {
     /// The memory map.
     pub view: GuestView,
+    /// The balloon.
+    pub balloon: amount::Asked,
     /// The run state.
     pub run_state: String,
     /// What QEMU told unasked since the monitor was opened.
@@ -200,7 +205,7 @@ impl Monitor {
                 let qmp = connect(whom, path, ONLY_ONE, notes).map_err(|e| cannot(told(&e)))?;
                 return identified(qmp, whom.pid).map_err(AskError::Monitor);
             }
-            _ => ONE_OF_SEVERAL,
+            several => one_of(several.len()),
         };
         let mut tried = Vec::new();
         for path in &whom.sockets {
@@ -219,7 +224,7 @@ impl Monitor {
         Facts::of(&mut self.qmp, QUERY)
     }
 
-    /// Asks for everything. Queries only.
+    /// Asks for everything, the map last. Queries only.
     ///
     /// # Errors
     /// [`AskError`].
@@ -232,9 +237,20 @@ impl Monitor {
         let mut of_snapshots = capabilities.iter().filter(|one| one.capability == SNAPSHOT);
         let snapshots = of_snapshots.next().map(|one| one.state);
         let block_jobs = self.facts().block_jobs().map_err(query)?;
+        let balloon = self.balloon();
         let view = if confidential.is_none() { Some(self.view()?) } else { None };
         let skipped = std::mem::take(&mut self.skipped);
-        Ok(Asked { vm, skipped, confidential, migration, watchdogs, snapshots, block_jobs, view })
+        Ok(Asked {
+            vm,
+            skipped,
+            confidential,
+            migration,
+            watchdogs,
+            snapshots,
+            block_jobs,
+            balloon,
+            view,
+        })
     }
 
     /// Asks once more, after the last read. Queries only.
@@ -243,10 +259,16 @@ impl Monitor {
     /// [`AskError`].
     pub fn again(&mut self) -> Result<AskedAgain, AskError> {
         let view = self.view()?;
+        let balloon = self.balloon();
         let run_state = self.run_state()?;
         self.take_events();
         let (events, reopened) = (std::mem::take(&mut self.events), self.qmp.reconnects());
-        Ok(AskedAgain { view, run_state, events, reopened })
+        Ok(AskedAgain { view, balloon, run_state, events, reopened })
+    }
+
+    /// The balloon. That QEMU does not tell stands in nobody's way.
+    fn balloon(&mut self) -> amount::Asked {
+        qemu::balloon::take(&mut self.facts()).map_err(|error| told(&error))
     }
 
     fn view(&mut self) -> Result<GuestView, AskError> {
@@ -267,7 +289,7 @@ impl Monitor {
             let mut facts = self.facts();
             let arithmetic = qemu::arithmetic::ram(&mut facts, &view.devices).map_err(|e| told(&e));
             let backend = facts.memory_backend().map_err(|error| told(&error));
-            let balloon = facts.balloon().map_err(|error| told(&error));
+            let balloon = self.balloon();
             let again = self.view()?;
             if view.same_memory(&again) {
                 return Ok((view, More { graph, arithmetic, backend, balloon }));
@@ -446,6 +468,13 @@ impl Monitor {
         let migration = migration.status.clone().filter(|_| migration.is_under_way());
         Ok((vm, facts.confidential()?, migration))
     }
+}
+
+/// How long one of so many monitors may take to greet. QEMU does so in its main loop, which a busy host
+/// or a slow disk can hold up.
+fn one_of(monitors: usize) -> Duration {
+    let monitors = u32::try_from(monitors).unwrap_or(u32::MAX);
+    ONLY_ONE.checked_div(monitors).unwrap_or_default().max(ONE_OF_MANY)
 }
 
 /// The kernel says who listens on the socket; a name in a command line proves nothing.

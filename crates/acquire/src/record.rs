@@ -7,7 +7,7 @@ use crate::log::Log;
 use crate::method::process::Pass;
 use crate::monitor::VmFacts;
 use crate::plan::Plan;
-use crate::{CaseNotes, Request};
+use crate::{CaseNotes, Request, amount};
 use evidence::digest::{Digest, Hasher};
 use evidence::manifest::{
     self, Change, Clock, FileRecord, Footprint, Host, JournalFile, Loss, LossKind, Manifest,
@@ -82,6 +82,8 @@ pub struct Story<'a> {
     pub run_state_after: Option<String>,
     /// What happened to the machine meanwhile.
     pub disturbances: Vec<String>,
+    /// How much memory the guest has, and what moved in it.
+    pub amount: manifest::Amount,
     /// Names of the events that QEMU told of during the acquisition.
     pub events: Vec<String>,
     /// The class that was earned.
@@ -173,6 +175,7 @@ impl Story<'_> {
             vm: self.vm_record(),
             map: self.map.clone(),
             map_check: self.map_check.clone(),
+            amount: Some(self.amount.clone()),
             parameters: self.parameters(),
             window: self.window(cells),
             passes: self.passes.iter().map(|pass| self.pass(pass)).collect(),
@@ -189,12 +192,16 @@ impl Story<'_> {
             changes_made: self.changes(),
             disturbances: self.disturbances.clone(),
             caveats: self.caveats(),
-            limitations: limitations(
-                self.tracking.is_some(),
-                &self.attachments,
-                self.snapshot.is_some(),
-                self.unseen,
-            ),
+            limitations: [
+                limitations(
+                    self.tracking.is_some(),
+                    &self.attachments,
+                    self.snapshot.is_some(),
+                    self.unseen,
+                ),
+                amount::limitation(&self.amount).into_iter().collect(),
+            ]
+            .concat(),
             warnings: self.warnings.clone(),
         }
     }
@@ -417,6 +424,9 @@ impl Story<'_> {
                  outside just before, and those that differ are listed in the block records"
                     .to_owned(),
             );
+        }
+        if self.class == manifest::Class::None {
+            caveats.extend(amount::caveat(&self.amount));
         }
         caveats.extend(self.hold_caveats.iter().cloned());
         caveats.extend(self.tracking.iter().flat_map(tracking_caveats));

@@ -13,7 +13,7 @@ use crate::sums;
 use crate::{GuestRange, MemoryMap, PageState};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The version of the record that this crate writes and reads.
 pub const SCHEMA: &str = "stillframe/manifest/1";
@@ -177,6 +177,9 @@ pub struct Manifest {
     pub map: MemoryMap,
     /// The texts that the map was drawn from, and whether it was the same afterwards.
     pub map_check: MapCheck,
+    /// How much memory the guest has, and what moved in it meanwhile; null when QEMU was not asked.
+    #[serde(default)]
+    pub amount: Option<Amount>,
     /// Parameters of the method as used, by name.
     pub parameters: serde_json::Map<String, serde_json::Value>,
     /// From the first to the last read of guest memory; null when nothing was read.
@@ -683,6 +686,94 @@ pub struct MapCheck {
     pub after: Option<FileRecord>,
     /// Whether the map drawn afterwards equals `map`; null when it was not taken again.
     pub equal: Option<bool>,
+}
+
+/// How much memory the guest has by QEMU's word, before the first read and after the last.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Amount {
+    /// What the machine started with, in bytes.
+    pub base_bytes: u64,
+    /// What was plugged into it, in bytes: of virtio-mem what the guest has; null when QEMU does not say.
+    pub plugged_bytes_before: Option<u64>,
+    /// The same after the last read.
+    pub plugged_bytes_after: Option<u64>,
+    /// The memory devices before the first read.
+    pub devices_before: Vec<Plugged>,
+    /// The memory devices after the last read; null when they were not asked for again.
+    pub devices_after: Option<Vec<Plugged>>,
+    /// The balloon; null when there is none, or QEMU did not say.
+    pub balloon: Option<Inflation>,
+}
+
+/// A memory device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Plugged {
+    /// QEMU's word: `dimm`, `nvdimm`, `virtio-mem` ..
+    pub kind: String,
+    /// The id that its user gave it.
+    pub id: Option<String>,
+    /// Its first guest-physical address.
+    #[serde(
+        default,
+        serialize_with = "hex::optional",
+        deserialize_with = "hex::deserialize_optional"
+    )]
+    #[schemars(with = "Option<String>")]
+    pub gpa: Option<u64>,
+    /// Bytes that it gives the guest: of virtio-mem what is plugged.
+    pub bytes: Option<u64>,
+    /// virtio-mem: bytes that it can give.
+    pub max_bytes: Option<u64>,
+    /// virtio-mem: bytes that the guest was asked to take.
+    pub requested_bytes: Option<u64>,
+    /// virtio-mem: bytes that are plugged or not as one.
+    pub block_bytes: Option<u64>,
+}
+
+/// The guest's balloon: how much of its memory it left the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Inflation {
+    /// The device, as a path of QEMU's object model; null when it was not found there.
+    pub device: Option<String>,
+    /// Bytes of RAM left to the guest before the first read; null when the balloon came later.
+    pub bytes_before: Option<u64>,
+    /// The same after the last read; null when it was not asked again, or the balloon was gone.
+    pub bytes_after: Option<u64>,
+    /// The device lets the guest report free pages, which QEMU gives back to the host.
+    pub free_page_reporting: bool,
+    /// The device lets the guest tell a migration which pages are free.
+    pub free_page_hint: bool,
+    /// What the guest had told of its memory before the first read; null when QEMU does not ask it.
+    pub statistics_before: Option<BalloonStatistics>,
+    /// The same after the last read.
+    pub statistics_after: Option<BalloonStatistics>,
+    /// Changes that QEMU told of from the first look to the last, one in a second at most.
+    pub changes: Vec<BalloonChange>,
+}
+
+/// What a guest told of its memory through its balloon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatistics {
+    /// QEMU asks the guest so often, in seconds.
+    pub interval_s: u64,
+    /// When the guest told it, in seconds since 1970 by the host's clock; null when it had not.
+    pub updated_s: Option<u64>,
+    /// The figures by QEMU's names, such as `stat-free-memory`: bytes or counts, as the guest told them.
+    pub values: BTreeMap<String, u64>,
+}
+
+/// A change of the balloon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonChange {
+    /// When QEMU told of it, in microseconds of UTC; null when it could not read the clock.
+    pub utc_us: Option<i64>,
+    /// Bytes of RAM left to the guest from then on.
+    pub bytes: u64,
 }
 
 /// One pass over memory.
@@ -1393,6 +1484,35 @@ pub(crate) mod tests {
                 after: Some(file(exhibit::MAP_AFTER)),
                 equal: Some(true),
             },
+            amount: Some(Amount {
+                base_bytes: 2 << 20,
+                plugged_bytes_before: Some(1 << 20),
+                plugged_bytes_after: Some(1 << 20),
+                devices_before: vec![Plugged {
+                    kind: "dimm".into(),
+                    id: Some("d0".into()),
+                    gpa: Some(4 << 30),
+                    bytes: Some(1 << 20),
+                    max_bytes: None,
+                    requested_bytes: None,
+                    block_bytes: None,
+                }],
+                devices_after: None,
+                balloon: Some(Inflation {
+                    device: Some("/machine/peripheral/balloon0".into()),
+                    bytes_before: Some(2 << 20),
+                    bytes_after: Some(3 << 20),
+                    free_page_reporting: true,
+                    free_page_hint: false,
+                    statistics_before: None,
+                    statistics_after: Some(BalloonStatistics {
+                        interval_s: 10,
+                        updated_s: Some(1_764_000_000),
+                        values: BTreeMap::from([("stat-free-memory".into(), 4096)]),
+                    }),
+                    changes: vec![BalloonChange { utc_us: Some(7), bytes: 3 << 20 }],
+                }),
+            }),
             parameters: serde_json::from_value(json!({"passes": 2})).unwrap(),
             window: Some(Span { t0_ns: 1_000, t1_ns: 5_000 }),
             passes: vec![

@@ -125,6 +125,15 @@ pub mod hex {
         parse(&text).ok_or_else(|| D::Error::custom(format!("not an address: {text:?}")))
     }
 
+    /// Reads `"0x..."` or null.
+    pub fn deserialize_optional<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
+        let text = <Option<std::borrow::Cow<'de, str>> as serde::Deserialize>::deserialize(d)?;
+        let read = |text: std::borrow::Cow<'de, str>| {
+            parse(&text).ok_or_else(|| D::Error::custom(format!("not an address: {text:?}")))
+        };
+        text.map(read).transpose()
+    }
+
     /// The address written as `0x` and lower-case digits, or `None`.
     pub fn parse(text: &str) -> Option<u64> {
         let value = u64::from_str_radix(text.strip_prefix("0x")?, 16).ok()?;

@@ -382,8 +382,8 @@ fn holder_work() -> ExitCode {
     let keeps = if root() { 1 << 19 } else { 0 };
     assert_eq!((in_force.capabilities, in_force.missing.len()), (keeps, 1), "{in_force:?}");
     let peer = Process::open(pid).unwrap();
-    let second = Duration::from_secs(1);
-    let limits = hold::Limits { stop_within: second, hold_at_most: second * 10 };
+    let (stop_within, hold_at_most) = (Duration::from_secs(20), Duration::from_secs(60));
+    let limits = hold::Limits { stop_within, hold_at_most };
     let (errnos, held) = hold::during(&peer, &limits, |hold| {
         let pid = usize::try_from(pid).unwrap();
         let ptrace = |request: libc::c_uint| {

@@ -29,7 +29,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("machine       {}", facts.machine_type()?);
     println!("status        {:?} {:?}", facts.status()?, facts.kvm()?);
     println!("confidential  {:?}", facts.confidential()?);
-    println!("migration     {:?}, balloon {:?}", facts.migration()?, facts.balloon()?);
+    println!(
+        "migration     {:?}, balloon {:?}",
+        facts.migration()?,
+        qemu::balloon::take(&mut facts)?
+    );
     let began = Instant::now();
     let view = GuestView::take(&mut qmp, WAIT)?;
     println!("taken in      {:.1} ms", began.elapsed().as_secs_f64() * 1e3);

@@ -56,6 +56,20 @@ pub enum DeviceType {
     Other(String),
 }
 
+impl DeviceType {
+    /// QEMU's word for it.
+    pub fn word(&self) -> &str {
+        match self {
+            Self::Dimm => "dimm",
+            Self::Nvdimm => "nvdimm",
+            Self::VirtioMem => "virtio-mem",
+            Self::VirtioPmem => "virtio-pmem",
+            Self::SgxEpc => "sgx-epc",
+            Self::Other(word) => word,
+        }
+    }
+}
+
 /// A memory device (`query-memory-devices`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDevice {
@@ -140,6 +154,10 @@ const WATCHDOGS: [&str; 8] = [
     "allwinner-wdt",
 ];
 
+/// Where devices are that were given an id, and where those are that were not.
+const PERIPHERAL: &str = "/machine/peripheral";
+const PERIPHERAL_ANON: &str = "/machine/peripheral-anon";
+
 /// A property of an object, as `qom-list` shows it.
 #[derive(Deserialize)]
 struct Child {
@@ -165,7 +183,10 @@ impl<'a> Facts<'a> {
         self.qmp
     }
 
-    fn query<T: serde::de::DeserializeOwned>(&mut self, command: Command) -> Result<T, QmpError> {
+    pub(crate) fn query<T: serde::de::DeserializeOwned>(
+        &mut self,
+        command: Command,
+    ) -> Result<T, QmpError> {
         self.qmp.query(command, json!({}), self.timeout)
     }
 
@@ -355,24 +376,6 @@ impl<'a> Facts<'a> {
         Ok(jobs.into_iter().map(told).collect())
     }
 
-    /// Bytes of RAM that the balloon leaves the guest; `None` without a balloon.
-    ///
-    /// # Errors
-    /// As [`Qmp::query`].
-    pub fn balloon(&mut self) -> Result<Option<u64>, QmpError> {
-        #[derive(Deserialize)]
-        struct Balloon {
-            actual: u64,
-        }
-        match self.query::<Balloon>(Command::QueryBalloon) {
-            Ok(balloon) => Ok(Some(balloon.actual)),
-            Err(error) => match error.class().as_deref() {
-                Some("DeviceNotActive" | "KVMMissingCap") => Ok(None),
-                _ => Err(error),
-            },
-        }
-    }
-
     /// A property of an object.
     ///
     /// # Errors
@@ -400,8 +403,21 @@ impl<'a> Facts<'a> {
     /// # Errors
     /// As [`Qmp::query`].
     pub fn qom_link(&mut self, path: &str, property: &str) -> Result<Option<String>, QmpError> {
-        match self.qom_get::<String>(path, property) {
-            Ok(target) => Ok(Some(target).filter(|target| !target.is_empty())),
+        let target = self.qom_get_if_there::<String>(path, property)?;
+        Ok(target.filter(|target| !target.is_empty()))
+    }
+
+    /// A property of an object; `None` when it has no such property (an older QEMU).
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub fn qom_get_if_there<T: serde::de::DeserializeOwned>(
+        &mut self,
+        path: &str,
+        property: &str,
+    ) -> Result<Option<T>, QmpError> {
+        match self.qom_get(path, property) {
+            Ok(value) => Ok(Some(value)),
             // "Property 'pc-q35-10.0-machine.x' not found": qom/object.c
             Err(QmpError::Refused { desc, .. })
                 if desc.to_string().starts_with("Property '")
@@ -435,23 +451,40 @@ impl<'a> Facts<'a> {
     /// As [`Qmp::query`].
     pub fn watchdogs(&mut self) -> Result<Vec<String>, QmpError> {
         let mut found = Vec::new();
-        for path in ["/machine/unattached", "/machine/peripheral", "/machine/peripheral-anon"] {
-            for child in self.children(path)? {
-                let kind = child.r#type.strip_prefix("child<").and_then(|k| k.strip_suffix('>'));
-                let Some(kind) = kind else { continue };
-                let counts = match kind {
-                    // Its TCO watchdog resets the machine unless a strap forbids it.
-                    "ICH9-LPC" => {
-                        let path = format!("{path}/{}", child.name);
-                        // An older QEMU without the property: assume that it resets.
-                        !self.qom_get::<bool>(&path, "noreboot").unwrap_or(false)
-                    }
-                    kind => WATCHDOGS.contains(&kind),
-                };
-                if counts {
-                    found.push(kind.to_owned());
-                }
+        for (path, kind) in self.devices(&["/machine/unattached", PERIPHERAL, PERIPHERAL_ANON])? {
+            let counts = match kind.as_str() {
+                // Its TCO watchdog resets the machine unless a strap forbids it.
+                // An older QEMU without the property: assume that it resets.
+                "ICH9-LPC" => !self.qom_get::<bool>(&path, "noreboot").unwrap_or(false),
+                kind => WATCHDOGS.contains(&kind),
+            };
+            if counts {
+                found.push(kind);
             }
+        }
+        Ok(found)
+    }
+
+    /// The first device of such a QOM type that was plugged in by `-device` or `device_add`, as an object path.
+    ///
+    /// # Errors
+    /// As [`Qmp::query`].
+    pub(crate) fn plugged_in(
+        &mut self,
+        is: impl Fn(&str) -> bool,
+    ) -> Result<Option<String>, QmpError> {
+        let mut devices = self.devices(&[PERIPHERAL, PERIPHERAL_ANON])?.into_iter();
+        Ok(devices.find(|(_, kind)| is(kind)).map(|(path, _)| path))
+    }
+
+    /// The objects in these containers: path and QOM type.
+    fn devices(&mut self, containers: &[&str]) -> Result<Vec<(String, String)>, QmpError> {
+        let mut found = Vec::new();
+        for path in containers {
+            found.extend(self.children(path)?.into_iter().filter_map(|child| {
+                let kind = child.r#type.strip_prefix("child<")?.strip_suffix('>')?;
+                Some((format!("{path}/{}", child.name), kind.to_owned()))
+            }));
         }
         Ok(found)
     }

@@ -12,6 +12,7 @@
 //! mtree, ramblock, gpa2hva                           (strict parsers of monitor texts)
 //! graph     the acyclic graph of MemoryRegions; what the flat view hides
 //! arithmetic qom -> where RAM lies               (a second way)
+//! balloon   qmp -> what the guest gave back
 //! owner     flat range -> what kind of memory it is
 //! view      qmp -> the guest's memory as QEMU sees it
 //! stream    migration stream -> blocks, pages, devices (hostile input)
@@ -21,6 +22,7 @@
 
 mod ahead;
 pub mod arithmetic;
+pub mod balloon;
 pub mod cmdline;
 mod deadline;
 pub mod dump;
@@ -39,6 +41,7 @@ pub mod text;
 mod unix;
 pub mod view;
 
+pub use balloon::Balloon;
 pub use cmdline::CommandLine;
 pub use mtree::FlatViews;
 pub use qmp::{Qmp, QmpError};

@@ -281,9 +281,35 @@ fn facts_are_read() {
     assert_eq!(facts.kvm().unwrap(), facts::Kvm { present: true, enabled: false });
     assert_eq!(facts.confidential().unwrap(), None);
     assert_eq!(facts.migration().unwrap(), qemu::facts::Migration::default());
-    assert_eq!(facts.balloon().unwrap(), None);
-    let mut qmp = golden("7.2-q35-devices").answers().serve();
-    assert!(facts::Facts::of(&mut qmp, WAIT).balloon().unwrap().is_some());
+    assert_eq!(qemu::balloon::take(&mut facts).unwrap(), None);
+}
+
+/// The listing and the properties are those of QEMU 10.0 with `-device virtio-balloon-pci,id=b0,free-page-reporting=on`,
+/// the figures of a guest that was asked for them.
+#[test]
+fn a_balloon_tells_of_itself() {
+    let mut answers = golden("7.2-q35-devices").answers();
+    let listed = |path: &str| json!({ "path": path });
+    let children = json!([{"name": "type", "type": "string"}, {"name": "b0", "type": "child<virtio-balloon-pci>"}]);
+    answers.set("qom-list", listed("/machine/peripheral"), json!({ "return": children }));
+    answers.set("qom-list", listed("/machine/peripheral-anon"), json!({ "return": [] }));
+    let mut property = |name: &str, answer: Value| {
+        answers.set("qom-get", json!({"path": "/machine/peripheral/b0", "property": name}), answer);
+    };
+    property("free-page-reporting", json!({"return": true}));
+    let none = "Property 'virtio-balloon-pci.free-page-hint' not found";
+    property("free-page-hint", json!({"error": {"class": "GenericError", "desc": none}}));
+    property("guest-stats-polling-interval", json!({"return": 2}));
+    let stats = json!({"stat-free-memory": 4096, "stat-swap-in": u64::MAX});
+    property("guest-stats", json!({"return": {"stats": stats, "last-update": 1_764_339_999}}));
+    let mut qmp = answers.serve();
+    let balloon = qemu::balloon::take(&mut facts::Facts::of(&mut qmp, WAIT)).unwrap().unwrap();
+    assert_eq!(balloon.device.as_deref(), Some("/machine/peripheral/b0"));
+    assert_eq!(balloon.leaves, 96 << 20);
+    assert!(balloon.free_page_reporting && !balloon.free_page_hint);
+    let told = balloon.statistics.unwrap();
+    assert_eq!((told.interval_s, told.updated_s), (2, Some(1_764_339_999)));
+    assert_eq!(told.values, [("stat-free-memory".to_owned(), 4096)].into());
 }
 
 #[test]

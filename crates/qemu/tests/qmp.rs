@@ -209,14 +209,9 @@ fn other_services_are_not_taken_for_qemu() {
     let closed = connect(|_| (), LONG).unwrap_err();
     assert!(matches!(closed, QmpError::Closed { .. }), "{closed:?}");
     // Bytes came, so it is not a monitor that someone else holds.
-    let half = connect(
-        |peer| {
-            peer.send(r#"{"QMP": "#);
-            peer.wait()
-        },
-        SHORT,
-    )
-    .unwrap_err();
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(br#"{"QMP": "#).unwrap();
+    let half = Qmp::over(ours, Path::new("x"), Duration::from_secs(1), None).unwrap_err();
     assert!(matches!(half, QmpError::Timeout { .. }), "{half:?}");
     let refused = connect(
         |peer| {

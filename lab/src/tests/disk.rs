@@ -12,7 +12,7 @@ use lab::diskread::{Aio, Diskread, SlowDisk, write_disk};
 use lab::{Guest, Lab, Result, Version, failed, here, outer};
 use serde_json::Value;
 
-use super::exhibit::acquire_at_best;
+use super::exhibit::{acquire_at_best, control};
 use super::track::HugePages;
 
 pub(crate) const TESTS: &[lab::runner::Test] =
@@ -107,14 +107,20 @@ impl Subject {
 
     /// Images by a method that makes images of one instant, none of another.
     fn has_all(&self, lab: &Lab, method: &str, flags: &[&str], images: u32) -> Result<()> {
-        let mut seen = Seen::new(self.aios);
+        let (mut seen, mut with_class) = (Seen::new(self.aios), 0);
         for _ in 0..images {
             let (verdicts, manifest) = self.take(lab, method, flags)?;
-            assert_ne!(manifest["class"], "none", "{method}: {}", manifest["audit"]);
+            let class = manifest["class"] != "none";
+            // A read under way as the hold begins may land after its page was copied; where the audit draws
+            // that page, the class is rightly lost. The image is no less of one instant.
+            let landed = method == "freeze" && manifest["audit"]["differing"].as_u64() > Some(0);
+            assert!(class || landed, "{method}: {}", manifest["audit"]);
+            with_class += u32::from(class);
             seen.count(&verdicts);
         }
-        println!("         {method}: {seen}");
+        println!("         {method}: {seen}, {with_class} with the class");
         assert_eq!(seen.torn(), 0, "{method}: {seen}");
+        assert!(with_class > 0, "{method}: the class is always lost");
         Ok(())
     }
 
@@ -122,7 +128,9 @@ impl Subject {
     fn lives(&self, lab: &Lab, images: u32) -> Result<()> {
         let (mut seen, rate) = (Seen::new(self.aios), format!("{}M", MEMORY_MIB * 2));
         for _ in 0..images {
-            seen.count(&self.take(lab, "live", &["--max-rate", &rate])?.0);
+            let live = || Ok(self.take(lab, "live", &["--max-rate", &rate])?.0);
+            let torn = |verdicts: &Vec<Verdict>| !verdicts.iter().all(Verdict::is_one_instant);
+            seen.count(&control(live, torn)?);
         }
         println!("         live: {seen}");
         match seen.torn() {
@@ -133,7 +141,7 @@ impl Subject {
 
     /// Waits until so many more reads have ended.
     fn wait_for_reads(&mut self, count: u64) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + Duration::from_secs(120);
         let mut first = None;
         loop {
             let said = self.program.report(&mut self.guest)?;
@@ -213,7 +221,7 @@ fn freeze_and_snapshot_have_what_a_disk_wrote(lab: &Lab) -> Result<()> {
 }
 
 /// Latency of the disk below the horizon, and that horizon.
-const BELOW: (Duration, &str) = (Duration::from_millis(40), "300ms");
+const BELOW: (Duration, Duration) = (Duration::from_millis(40), Duration::from_millis(300));
 
 /// A horizon that is too short.
 const SHORT: &str = "40ms";
@@ -228,7 +236,7 @@ fn beyond(aio: Aio) -> Duration {
     }
 }
 
-/// How many images without a single read there may be before one that counts.
+/// How many images that show nothing there may be before one that counts.
 const VOID: u32 = 2;
 
 /// Until the reads no longer go in step.
@@ -286,16 +294,34 @@ fn below_the_horizon(lab: &Lab, subject: &Subject, disk: &SlowDisk) -> Result<()
     disk.set(|_| quick)?;
     let (mut seen, mut longest) = (Seen::new(subject.aios), Duration::ZERO);
     for _ in 0..lab.scale(3, 20) {
-        let (verdicts, manifest) = track_of_reads(lab, subject, horizon)?;
-        let (took, told) = latency(&manifest)?;
-        assert!(took >= quick && !told, "{took:?}: {}", manifest["caveats"]);
-        assert_eq!(manifest["class"], "quasi-instantaneous", "{}", manifest["audit"]);
+        let (verdicts, took) = track_below(lab, subject)?;
         longest = longest.max(took);
         seen.count(&verdicts);
     }
-    println!("         {quick:?} (up to {longest:?} on average), horizon {horizon}: {seen}");
+    println!("         {quick:?} (up to {longest:?} on average), horizon {horizon:?}: {seen}");
     assert_eq!(seen.torn(), 0, "track: {seen}");
     Ok(())
+}
+
+/// An image by `track` while reads take less than the horizon, and how long they took on average. Where the
+/// guest of a translated host stood for a second or two they take longer, as the record must say; that shows
+/// nothing, and another is taken.
+fn track_below(lab: &Lab, subject: &Subject) -> Result<(Vec<Verdict>, Duration)> {
+    let (quick, horizon) = BELOW;
+    let flag = format!("{}ms", horizon.as_millis());
+    for _ in 0..=VOID {
+        let (verdicts, manifest) = track_of_reads(lab, subject, &flag)?;
+        let (took, told) = latency(&manifest)?;
+        let right = took >= quick && told == (took > horizon);
+        assert!(right, "{took:?}: {}", manifest["caveats"]);
+        if !told {
+            assert_eq!(manifest["class"], "quasi-instantaneous", "{}", manifest["audit"]);
+            return Ok((verdicts, took));
+        }
+        println!("         void: a read took {took:?} on average");
+        sleep(SETTLING);
+    }
+    Err(failed(format_args!("void: reads always take longer than {horizon:?}")))
 }
 
 fn beyond_the_horizon(lab: &Lab, subject: &Subject, disk: &SlowDisk) -> Result<()> {

@@ -6,10 +6,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::sleep;
 use std::time::Duration;
 
 use lab::{Doing, Guest, Lab, Result, failed, runner};
 use serde_json::Value;
+
+use super::run::{Ended, is_slow};
 
 /// The formats of the image.
 pub(super) const FORMATS: [&str; 3] = ["elf", "raw", "lime"];
@@ -44,7 +47,8 @@ pub(super) fn acquire(lab: &Lab, guest: &Guest, method: &str, flags: &[&str]) ->
     acquire_at_best(lab, guest, method, flags, &[0])
 }
 
-/// The same by an acquisition that may end with any of these codes.
+/// The same by an acquisition that may end with any of these codes. One that a busy machine was too slow for
+/// shows nothing, and is made again.
 pub(super) fn acquire_at_best(
     lab: &Lab,
     guest: &Guest,
@@ -58,15 +62,68 @@ pub(super) fn acquire_at_best(
     let mut args = vec!["acquire", &vm, "--method", method, "--json", "-o"];
     args.push(out.to_str().unwrap_or_default());
     args.extend(flags);
-    let run = lab.tool(&args)?;
+    let mut voids = 0;
+    let (run, done) = loop {
+        let run = lab.tool(&args)?;
+        // Who says nothing in the end is told by how he ended.
+        let last = run.stdout.lines().last().unwrap_or_default();
+        let done: Value = serde_json::from_str(last).unwrap_or_default();
+        if !once_more(&done, &mut voids)? {
+            break (run, done);
+        }
+    };
     let code = run.status.code().filter(|code| codes.contains(code)).unwrap_or(0);
-    let run = run.expect_code(code)?;
-    let last = run.stdout.lines().last().unwrap_or_default();
-    let done: Value = serde_json::from_str(last).doing("the last line of --json")?;
+    run.expect_code(code)?;
     let dir = done["exhibit"].as_str().ok_or_else(|| failed(format_args!("done is {done}")))?;
     let exhibit = Exhibit::open(Path::new(dir))?;
     assert_eq!((&done["event"], exhibit.dir.parent()), (&Value::from("done"), Some(&*out)));
     Ok(exhibit)
+}
+
+/// How often a run is made again: a tool that is always too slow fails.
+const VOIDS: u32 = 4;
+
+/// Whether a run is made again that ended with this last event: the machine was too slow for it. That is
+/// told, and what the run left is taken away.
+fn once_more(done: &Value, voids: &mut u32) -> Result<bool> {
+    if *voids == VOIDS || !is_slow(done) {
+        return Ok(false);
+    }
+    println!("         void, and made again: {}", done["reason"]);
+    *voids += 1;
+    if let Some(dir) = done["exhibit"].as_str() {
+        fs::remove_dir_all(dir).doing("removing a void exhibit")?;
+    }
+    sleep(Duration::from_secs(2));
+    Ok(true)
+}
+
+/// The end of a `run` that the machine was not too slow for.
+pub(super) fn at_best(mut run: impl FnMut() -> Result<Ended>) -> Result<Ended> {
+    let mut voids = 0;
+    loop {
+        let ended = run()?;
+        if !once_more(ended.events.last().unwrap_or(&Value::Null), &mut voids)? {
+            return Ok(ended);
+        }
+    }
+}
+
+/// An image of a running guest by `live`, which must be torn: the control of those that must not be. A tool
+/// that stood reads on at full speed, and may be done before the guest writes again: so it is taken anew,
+/// twice at most.
+pub(super) fn control<T>(
+    mut take: impl FnMut() -> Result<T>,
+    is_torn: impl Fn(&T) -> bool,
+) -> Result<T> {
+    for _ in 0..2 {
+        let taken = take()?;
+        if is_torn(&taken) {
+            return Ok(taken);
+        }
+        println!("         void: live shows one instant, and is taken anew");
+    }
+    take()
 }
 
 impl Exhibit {

@@ -40,7 +40,7 @@ impl Held {
 }
 
 /// Bytes allocated for the process's memfds.
-fn memfd_blocks(pid: u32) -> Result<u64> {
+pub(super) fn memfd_blocks(pid: u32) -> Result<u64> {
     let mut bytes = 0;
     for fd in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
         let link = fs::read_link(fd.path()).unwrap_or_default();

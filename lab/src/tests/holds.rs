@@ -2,10 +2,12 @@
 //! guest. Each test prints its figures.
 
 use std::collections::BTreeSet;
+use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
@@ -14,7 +16,7 @@ use lab::{here, outer};
 use serde_json::{Value, json};
 
 use super::exhibit::{Exhibit, Image, acquire};
-use super::run::{Running, new_dir};
+use super::run::{Running, begin, new_dir, unless_slow};
 
 pub(crate) const TESTS: &[lab::runner::Test] = here![
     the_image_is_what_stood_still,
@@ -55,10 +57,13 @@ fn the_image_is_what_stood_still(lab: &Lab) -> Result<()> {
     for (backing, hold) in
         [(Backing::Anonymous, "ptrace"), (Backing::Memfd, "ptrace"), (Backing::Anonymous, "stop")]
     {
-        let mut guest = lab.guest().backing(backing).memory_mib(192).boot()?;
-        // It comes round to each of its pages some 60 times a second.
-        guest.plant("dirty 64 1000000", Duration::from_secs(60))?;
-        stands_still(lab, guest, hold).doing(format_args!("{backing:?}, {hold}"))?;
+        unless_slow(|| {
+            let mut guest = lab.guest().backing(backing).memory_mib(192).boot()?;
+            // It comes round to each of its pages some 60 times a second.
+            guest.plant("dirty 64 1000000", Duration::from_secs(60))?;
+            stands_still(lab, guest, hold)
+        })
+        .doing(format_args!("{backing:?}, {hold}"))?;
     }
     Ok(())
 }
@@ -67,19 +72,11 @@ fn the_image_of_a_kvm_guest_is_what_stood_still(lab: &Lab) -> Result<()> {
     for (backing, hold) in [(Backing::Anonymous, "ptrace"), (Backing::Memfd, "stop")] {
         // The tool's second for a hold is not much on a host that is translated itself, where the lab and
         // the tool both read all of it meanwhile.
-        for tries_left in (0..6).rev() {
+        unless_slow(|| {
             let guest = lab.guest().ring(Ring::spread(24)).backing(backing).boot()?;
-            match stands_still(lab, guest, hold) {
-                Err(e) if tries_left > 0 && e.to_string().contains("stall budget was used up") => {
-                    println!("         {e}");
-                    fs::remove_dir_all(lab.scratch().join("still"))?;
-                }
-                other => {
-                    other.doing(format_args!("{backing:?}, {hold}"))?;
-                    break;
-                }
-            }
-        }
+            stands_still(lab, guest, hold)
+        })
+        .doing(format_args!("{backing:?}, {hold}"))?;
     }
     Ok(())
 }
@@ -89,7 +86,11 @@ fn the_image_of_a_kvm_guest_is_what_stood_still(lab: &Lab) -> Result<()> {
 /// of the guest when it runs.
 fn stands_still(lab: &Lab, mut guest: Guest, hold: &str) -> Result<()> {
     let (places, out) = (Places::of(&mut guest)?, lab.scratch().join("still"));
-    fs::create_dir_all(&out)?;
+    if out.exists() {
+        // What a run left that was too slow.
+        fs::remove_dir_all(&out)?;
+    }
+    fs::create_dir(&out)?;
     let mut copy = places.buffers()?;
     let mut command = lab.at_hold_command()?;
     command.arg(guest.pid().to_string()).arg(&out).args([hold, "900"]);
@@ -227,7 +228,9 @@ fn a_guest_found_paused_stays_paused(lab: &Lab) -> Result<()> {
 /// What a guest says of itself.
 #[derive(Debug, Clone, Copy)]
 struct Vitals {
+    /// When the clocks had been read, and how long that took.
     at: Instant,
+    took: Duration,
     /// Seconds since boot, and of the wall clock.
     uptime: f64,
     date: f64,
@@ -242,7 +245,10 @@ struct Vitals {
 const COUNTER: &str = "(n=0; while :; do n=$((n+1)); echo $n > /tmp/.count; \
                        mv /tmp/.count /tmp/count; usleep 20000; done) > /dev/null 2>&1 & sleep 1";
 
-const VITALS: &str = r"cut -d' ' -f1 /proc/uptime; date +%s
+/// Apart from the rest: nobody knows at which moment of a script a clock was read.
+const CLOCKS: &str = "cut -d' ' -f1 /proc/uptime; date +%s";
+
+const VITALS: &str = r"
 awk '/LOC:|timer/ { for (i = 2; i <= NF && $i ~ /^[0-9]+$/; i++) n += $i } END { print n }' \
     /proc/interrupts
 cat /tmp/count
@@ -250,14 +256,18 @@ dmesg | awk '/[Ss]tall|lockup|BUG:|WARNING:|hung|unstable/ { n++ } END { print n
 
 impl Vitals {
     fn of(guest: &mut Guest) -> Result<Self> {
-        let (text, at) = (guest.sh(VITALS)?, Instant::now());
-        let figures = text.lines().map(str::parse).collect::<std::result::Result<Vec<f64>, _>>();
-        let figures = figures.doing(format_args!("{text:?}"))?;
-        let [uptime, date, ..] = figures[..] else { return Err(failed(text)) };
-        let whole = |line: usize| text.lines().nth(line).unwrap_or_default().parse();
-        let [ticks, rounds, complaints] = [whole(2)?, whole(3)?, whole(4)?];
-        Ok(Self { at, uptime, date, ticks, rounds, complaints })
+        let (from, clocks, at) = (Instant::now(), guest.sh(CLOCKS)?, Instant::now());
+        let [uptime, date] = figures(&clocks)?;
+        let [ticks, rounds, complaints] = figures(&guest.sh(VITALS)?)?;
+        Ok(Self { at, took: at - from, uptime, date, ticks, rounds, complaints })
     }
+}
+
+/// One figure a line.
+fn figures<T: FromStr<Err: Error>, const N: usize>(text: &str) -> Result<[T; N]> {
+    let figures = text.lines().map(str::parse).collect::<std::result::Result<Vec<T>, _>>();
+    let figures = figures.doing(format_args!("{text:?}"))?;
+    figures.try_into().map_err(|_| failed(format_args!("not {N} figures: {text:?}")))
 }
 
 /// Asks QEMU for the run state all the time, on a monitor of its own.
@@ -373,8 +383,9 @@ fn many(lab: &Lab, hold: &str, runs: u32, args: &[&str]) -> Result<()> {
     );
     // By QEMU's stop the guest's clock stands.
     let stood = if hold == "stop" { held.as_secs_f64() } else { 0.0 };
-    assert!((up + stood - wall).abs() < 1.0 + wall / 50.0, "uptime: {up} s of {wall} s");
-    assert!((date + stood - wall).abs() < 2.0 + wall / 50.0, "date: {date} s of {wall} s");
+    let vague = wall / 50.0 + (before.took + after.took).as_secs_f64();
+    assert!((up + stood - wall).abs() < 1.0 + vague, "uptime: {up} s of {wall} s");
+    assert!((date + stood - wall).abs() < 2.0 + vague, "date: {date} s of {wall} s");
     assert!(after.ticks > before.ticks + 10, "{before:?} {after:?}");
     assert!(after.rounds > before.rounds + 10, "{before:?} {after:?}");
     assert_eq!(before.complaints, after.complaints, "{}", guest.sh("dmesg | tail -20")?);
@@ -399,6 +410,9 @@ struct SlowDisk {
 
 const CGROUP: &str = "/sys/fs/cgroup";
 
+/// Bytes a second of such a disk.
+const SLOW: &str = "2048";
+
 impl SlowDisk {
     /// Slows the empty disk for a process.
     fn of(pid: u32) -> Result<Self> {
@@ -410,7 +424,7 @@ impl SlowDisk {
         set("slow/cgroup.procs", &pid.to_string())?;
         let device = fs::read_to_string("/sys/block/vdb/dev")?.trim().to_owned();
         let disk = Self { device };
-        disk.limit("2048")?;
+        disk.limit(SLOW)?;
         Ok(disk)
     }
 
@@ -423,47 +437,72 @@ impl SlowDisk {
 
 /// Looks every millisecond whether a thread is traced.
 struct Watcher {
-    end: Arc<AtomicBool>,
-    holds: Arc<Mutex<Vec<Duration>>>,
-    thread: JoinHandle<()>,
+    over: Arc<AtomicBool>,
+    seen: Arc<Mutex<Seen>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What a watcher saw.
+#[derive(Debug, Clone, Default)]
+struct Seen {
+    /// How long each hold lasted that is over, from the first to the last look that saw it: so it
+    /// lasted at least so long, however late a look was.
+    holds: Vec<Duration>,
+    /// The longest time between two looks: so late may the machine have been for the tool too.
+    late: Duration,
 }
 
 impl Watcher {
     /// Watches the guest's first CPU.
     fn start(guest: &Guest) -> Result<Self> {
-        let (end, holds) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+        let (over, seen) = (Arc::new(AtomicBool::new(false)), Arc::<Mutex<Seen>>::default());
         let status = cpu_thread(guest.pid())?.join("status");
-        let (ended, seen) = (Arc::clone(&end), Arc::clone(&holds));
-        let thread = spawn(move || {
-            let mut since: Option<Instant> = None;
-            while !ended.load(Ordering::Relaxed) {
-                let traced = proc::number_in(&status, "TracerPid").is_ok_and(|pid| pid != 0);
-                match (traced, since) {
-                    (true, None) => since = Some(Instant::now()),
-                    (false, Some(start)) => {
-                        since = None;
-                        if let Ok(mut seen) = seen.lock() {
-                            seen.push(start.elapsed());
-                        }
-                    }
-                    _ => {}
-                }
-                sleep(Duration::from_millis(1));
+        let (ends, tells) = (Arc::clone(&over), Arc::clone(&seen));
+        let thread = spawn(move || watch(&status, &ends, &tells));
+        Ok(Self { over, seen, thread: Some(thread) })
+    }
+
+    /// What it saw so far.
+    fn seen(&self) -> Seen {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn end(mut self) -> Result<Seen> {
+        self.over.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().ok_or_else(|| failed("no watcher"))?;
+        thread.join().map_err(|_| failed("the watcher panicked"))?;
+        Ok(self.seen())
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+}
+
+fn watch(status: &Path, over: &AtomicBool, tells: &Mutex<Seen>) {
+    // The first and the last look that saw a hold.
+    let mut hold: Option<(Instant, Instant)> = None;
+    let mut last = Instant::now();
+    while !over.load(Ordering::Relaxed) {
+        let before = Instant::now();
+        let traced = proc::number_in(status, "TracerPid").is_ok_and(|pid| pid != 0);
+        let after = Instant::now();
+        let mut seen = tells.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.late = seen.late.max(after - last);
+        last = after;
+        hold = match (traced, hold) {
+            (true, None) => Some((after, after)),
+            (true, Some((first, _))) => Some((first, before)),
+            (false, Some((first, until))) => {
+                seen.holds.push(until - first);
+                None
             }
-        });
-        Ok(Self { end, holds, thread })
-    }
-
-    /// How long each hold lasted that is over.
-    fn holds(&self) -> Vec<Duration> {
-        self.holds.lock().map(|holds| holds.clone()).unwrap_or_default()
-    }
-
-    fn end(self) -> Result<Vec<Duration>> {
-        self.end.store(true, Ordering::Relaxed);
-        let holds = self.holds();
-        self.thread.join().map_err(|_| failed("the watcher panicked"))?;
-        Ok(holds)
+            (false, None) => None,
+        };
+        drop(seen);
+        sleep(Duration::from_millis(1));
     }
 }
 
@@ -481,66 +520,87 @@ fn cpu_thread(pid: u32) -> Result<PathBuf> {
 /// itself needs for this little memory.
 const BUDGET: u64 = 900;
 
+/// A watcher that is never so late sees each hold: before it is given up, the tool waits longer for
+/// the thread that is stuck.
+const HOLD_SEEN: Duration = Duration::from_millis(100);
+
 /// QEMU's workers wait for their disk in the kernel, where nothing stops them: the other threads are
 /// let go in time, and the hold is tried again, until it is given up, or until the disk answers.
 fn a_stuck_thread_ends_a_hold(lab: &Lab) -> Result<()> {
     let drive = "file=/dev/vdb,format=raw,if=none,id=slow,cache=none,aio=threads";
     let mut guest = lab.guest().ring(Ring::pair(24)).args(&["-drive", drive]).boot()?;
-    let disk = SlowDisk::of(guest.pid())?;
-    for number in 0..60 {
+    let (disk, out) = (SlowDisk::of(guest.pid())?, new_dir(lab, "stuck")?);
+    keep_busy(&mut guest)?;
+    let (tool, watcher) = hold_in_vain(lab, &guest, &out)?;
+    let ended = tool.end()?.expect(1)?;
+    let reason = ended.partial(lab, "failed")?;
+    let journal = journal(&ended.exhibit()?.0)?;
+    let [given_up, lost] =
+        ["\"hold-given-up\"", "\"holder-lost\""].map(|w| journal.matches(w).count());
+    let seen = watcher.end()?;
+    println!("         held in vain for {seen:?}: {reason}");
+    assert!(reason.contains("in state D"), "{reason}");
+    // Each try that the guest felt is in the journal, and a watcher that is not late sees each.
+    let felt = seen.holds.len();
+    assert!(given_up > 1 && (1..=given_up + lost).contains(&felt), "{given_up} given up, {seen:?}");
+    assert!(felt >= given_up || seen.late > HOLD_SEEN, "{given_up} given up, {seen:?}");
+    assert_short(&seen);
+
+    unless_slow(|| {
+        let (mut tool, watcher) = hold_in_vain(lab, &guest, &out)?;
+        let until = Instant::now() + Duration::from_secs(120);
+        while watcher.seen().holds.len() < 2 {
+            if !tool.runs()? || Instant::now() > until {
+                let ended = tool.end()?.expect(0)?;
+                return Err(failed(format_args!("it does not try: {:?}", ended.stderr)));
+            }
+            sleep(Duration::from_millis(1));
+        }
+        disk.limit("max")?;
+        let ended = tool.end()?;
+        if ended.is_late() {
+            // It is tried again.
+            disk.limit(SLOW)?;
+            keep_busy(&mut guest)?;
+        }
+        let manifest = ended.expect(0)?.complete(lab)?;
+        let (seen, hold) = (watcher.end()?, &manifest["hold"]);
+        println!("         held for {seen:?}, then as {hold}");
+        assert_eq!(manifest["class"], "instantaneous");
+        assert!(hold["tries"].as_u64() > Some(2), "{hold}");
+        assert_short(&seen);
+        Ok(())
+    })?;
+    guest.finish()
+}
+
+/// Reads of the slow disk for ten minutes.
+fn keep_busy(guest: &mut Guest) -> Result<()> {
+    for number in 0..300 {
         guest.human(&format!("qemu-io slow \"aio_read {}k 4k\"", number * 64))?;
     }
-    let (out, vm) = (new_dir(lab, "stuck")?, guest.pid().to_string());
-    let start = || -> Result<(Running, Watcher)> {
-        let budget = format!("{BUDGET}ms");
+    Ok(())
+}
+
+/// A run that tries to hold the guest, and who watches it.
+fn hold_in_vain(lab: &Lab, guest: &Guest, out: &Path) -> Result<(Running, Watcher)> {
+    let (budget, vm) = (format!("{BUDGET}ms"), guest.pid().to_string());
+    let watcher = Watcher::start(guest)?;
+    let tool = begin(|| {
         let mut command =
             lab.tool_command(["acquire", "--method", "freeze", "--hold", "ptrace"])?;
-        command.args(["--stall-budget", &budget, "--json", "-o"]).arg(&out).args(["--", &vm]);
-        Ok((Running::start(command)?, Watcher::start(&guest)?))
-    };
-    // A machine that is busy just then makes the reading look too slow for any hold.
-    let mut tries = 0;
-    let (ended, watcher) = loop {
-        let (tool, watcher) = start()?;
-        let ended = tool.end()?;
-        tries += 1;
-        if tries == 5 || !super::kills::is_refused(&ended) {
-            break (ended.expect(1)?, watcher);
-        }
-        watcher.end()?;
-    };
-    let reason = ended.partial(lab, "failed")?;
-    let given_up = journal(&ended.exhibit()?.0)?.matches("\"hold-given-up\"").count();
-    let holds = watcher.end()?;
-    println!("         held in vain for {holds:?}: {reason}");
-    assert!(reason.contains("in state D"), "{reason}");
-    // Each try that the guest felt is in the journal.
-    assert!(given_up > 1 && holds.len() == given_up, "{given_up} given up, {holds:?}");
-    assert_short(&holds);
-
-    let (tool, watcher) = start()?;
-    let until = Instant::now() + Duration::from_secs(60);
-    while watcher.holds().len() < 2 {
-        if Instant::now() > until {
-            return Err(failed(format_args!("it does not try: {:?}", tool.end()?.stderr)));
-        }
-        sleep(Duration::from_millis(1));
-    }
-    disk.limit("max")?;
-    let manifest = tool.end()?.expect(0)?.complete(lab)?;
-    let (holds, hold) = (watcher.end()?, &manifest["hold"]);
-    println!("         held for {holds:?}, then as {hold}");
-    assert_eq!(manifest["class"], "instantaneous");
-    assert!(hold["tries"].as_u64() > Some(2), "{hold}");
-    assert_short(&holds);
-    guest.finish()
+        command.args(["--stall-budget", &budget, "--json", "-o"]).arg(out).args(["--", &vm]);
+        Running::start(command)
+    })?;
+    Ok((tool, watcher))
 }
 
 /// No hold is past its budget and the tenth of a second that it may take to end one by force.
 #[track_caller]
-fn assert_short(holds: &[Duration]) {
-    let longest = holds.iter().max().copied().unwrap_or_default();
-    assert!(longest < Duration::from_millis(BUDGET + 100), "held past the deadline: {holds:?}");
+fn assert_short(seen: &Seen) {
+    let longest = seen.holds.iter().max().copied().unwrap_or_default();
+    let allowed = Duration::from_millis(BUDGET + 100) + seen.late;
+    assert!(longest < allowed, "held past the deadline: {seen:?}");
 }
 
 fn journal(exhibit: &Path) -> Result<String> {
@@ -553,10 +613,18 @@ fn a_plan_is_kept(lab: &Lab) -> Result<()> {
     let plan = |flags: &[&str]| lab.tool([&["plan", &vm], flags].concat());
     let text = plan(&["--stall-budget", "2s"])?.expect_code(0)?.stdout;
     assert!(text.contains("method   freeze") && text.contains("hold     by ptrace"), "{text}");
-    let refused = plan(&["--stall-budget", "1ms"])?.expect_code(4)?;
-    let hint = refused.stderr.lines().find_map(|line| line.strip_prefix("hint: --stall-budget "));
-    let hint = hint.ok_or_else(|| failed(&refused.stderr))?;
-    let text = plan(&["--stall-budget", hint])?.expect_code(0)?.stdout;
+    let mut last = plan(&["--stall-budget", "1ms"])?.expect_code(4)?;
+    let mut hint = String::new();
+    // It holds for what was measured then: a machine that is busier now may need more.
+    for _ in 0..6 {
+        if last.status.code() != Some(4) {
+            break;
+        }
+        hint = hinted(&last.stderr)?;
+        println!("         --stall-budget {hint} advised");
+        last = plan(&["--stall-budget", &hint])?;
+    }
+    let text = last.expect_code(0)?.stdout;
     assert!(text.contains("method   freeze"), "--stall-budget {hint}: {text}");
     let any = ["--consistency", "any", "--stall-budget", "1ms"];
     let text = plan(&any)?.expect_code(0)?.stdout;
@@ -569,7 +637,13 @@ fn a_plan_is_kept(lab: &Lab) -> Result<()> {
     assert_eq!([&manifest["method"], &manifest["class"]], ["freeze", "instantaneous"]);
     let expected = seconds(&manifest["hold"]["expected_ns"]);
     let held = stall(&manifest).as_secs_f64();
-    println!("         --stall-budget {hint} advised; expected {expected:.4} s, held {held:.4} s");
+    println!("         expected {expected:.4} s, held {held:.4} s");
     assert!(held < expected * 10.0 && expected < held * 10.0, "no prediction");
     guest.finish()
+}
+
+/// The stall budget that a refusal advises.
+fn hinted(stderr: &str) -> Result<String> {
+    let hint = stderr.lines().find_map(|line| line.strip_prefix("hint: --stall-budget "));
+    hint.map(str::to_owned).ok_or_else(|| failed(stderr))
 }

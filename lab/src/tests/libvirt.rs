@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::thread::sleep;
 use std::time::Duration;
 
 use lab::libvirtd::{Domain, Libvirtd};
@@ -169,8 +168,8 @@ fn a_libvirt_that_restarts_is_survived(lab: &Lab) -> Result<()> {
     let out = new_dir(lab, "restart")?;
     let mut command = lab.tool_command(["acquire", "--method", "live", "--json"])?;
     command.args(["--max-rate", "32M", "-o"]).arg(&out).arg("--").arg(NAME);
-    let run = Running::start(command)?;
-    sleep(Duration::from_secs(3));
+    let mut run = Running::start(command)?;
+    run.until_in_pass(1)?;
     libvirtd.restart(Duration::from_millis(500))?;
     let ended = run.end()?.expect(0)?;
     let exhibit = Exhibit::open(&ended.exhibit()?.0)?;

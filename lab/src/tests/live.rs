@@ -183,7 +183,7 @@ fn pages_lie_at_their_frame_number_in_every_format(lab: &Lab) -> Result<()> {
 
 /// Frames whose page in the image is just what was planted there. A page that carries a number
 /// and lies elsewhere, or is not whole, is a failure.
-fn numbered_frames(guest: &mut Guest, image: &Image, run: u64) -> Result<BTreeSet<u64>> {
+pub(super) fn numbered_frames(guest: &mut Guest, image: &Image, run: u64) -> Result<BTreeSet<u64>> {
     let (mut found, mut expected) = (BTreeSet::new(), [0; pattern::PAGE]);
     for line in guest.ram()? {
         let bytes = image.read(line.gpa, line.len)?;
@@ -219,8 +219,8 @@ fn a_busy_guest_is_smeared_and_the_record_names_the_pages(lab: &Lab) -> Result<(
     let (mib, pages) = (16, 16 << 8);
     let mut guest = lab.guest().boot()?;
     guest.plant(&format!("dirty {mib} {}", 10 * pages), Duration::from_secs(60))?;
-    // A second for each pass: the program comes round ten times between the reads of a page.
-    let exhibit = take(lab, &guest, &["--max-rate", "256M"])?;
+    // Seconds for each pass: the program comes round at least twenty times between the reads of a page.
+    let exhibit = take(lab, &guest, &["--max-rate", "32M"])?;
     let dirtied = marked_frames(&mut guest, &exhibit.image()?)?;
     let changed = exhibit.changed_frames()?;
     assert_eq!(u64::try_from(dirtied.len())?, pages);

@@ -13,6 +13,7 @@ mod libvirt;
 mod live;
 mod managers;
 mod map;
+mod moving;
 mod outer;
 mod pmemsave;
 mod rights;
@@ -31,6 +32,7 @@ pub(crate) fn all() -> Vec<Test> {
         harness::TESTS,
         live::TESTS,
         map::TESTS,
+        moving::TESTS,
         footprint::TESTS,
         cli::TESTS,
         faults::TESTS,
@@ -58,6 +60,7 @@ pub(crate) fn all() -> Vec<Test> {
         tear::OUTER,
         track::OUTER,
         track::MEANWHILE,
+        moving::OUTER,
         snapshot::OUTER,
         tearbench::OUTER,
         disk::OUTER,

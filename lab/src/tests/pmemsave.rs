@@ -169,9 +169,11 @@ fn sigkill_leaves_no_file_with_qemu(lab: &Lab) -> Result<()> {
             await_dead(&victims)?;
             run.end()?;
             family.await_gone()?;
+            // What was open before, the tool may have taken back just before it was killed.
+            let still = !files_of_ours(&guest)?.is_empty();
             let said = recover(lab, &guest)?;
-            midway += u32::from(had);
-            assert!(!(had && guardian_too) || said.contains("file"), "recover says {said:?}");
+            midway += u32::from(if guardian_too { still } else { had });
+            assert!(!still || said.contains("file"), "recover says {said:?}");
             assert_eq!(files_of_ours(&guest)?, [""; 0], "moment {n}, {said:?}");
             assert_eq!(undo_files(&guest), [""; 0]);
             guest.assert_as_found().doing(format_args!("moment {n}"))?;

@@ -1,6 +1,7 @@
 //! The tool while it runs: its events as they come, signals to it, how it ended.
 
 use std::ffi::OsStr;
+use std::fmt::Display;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -9,12 +10,15 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use lab::{Doing, Guest, Lab, Result, failed, proc};
+use lab::{Doing, Failure, Guest, Lab, Result, failed, proc};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Longest wait for an event or for the end.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Longest wait for what proves nothing by being soon: machines stand still for ten seconds.
+pub(super) const SOMETIME: Duration = Duration::from_secs(60);
 
 /// `acquire` by `live` with `--json`, not yet started. The exhibit shall lie in `out`.
 pub(super) fn acquire(lab: &Lab, vm: &str, out: &Path, flags: &[&str]) -> Result<Command> {
@@ -112,7 +116,7 @@ impl Family {
 
     /// Waits until none is left.
     pub(super) fn await_gone(&self) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + SOMETIME;
         loop {
             match self.all() {
                 left if left.is_empty() => return Ok(()),
@@ -127,7 +131,7 @@ impl Family {
 
 /// Waits until the kernel has done with them: then their files are closed.
 pub(super) fn await_dead(pids: &[u32]) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + SOMETIME;
     let lives =
         |pid: &u32| !matches!(proc::thread_states(*pid).as_deref(), Err(_) | Ok([] | ['Z']));
     while pids.iter().any(lives) {
@@ -240,7 +244,8 @@ impl Running {
                 return Ok(event);
             }
         }
-        Err(failed(format_args!("the tool ended before the event; it said {:?}", self.events)))
+        let what = format_args!("the tool ended before the event; it said {:?}", self.events);
+        Err(failure_of(self.events.last(), what))
     }
 
     /// Waits until pass `n` has read something.
@@ -325,15 +330,39 @@ pub(super) struct Ended {
 impl Ended {
     /// Fails unless this is the exit code, and the last event says the same.
     pub(super) fn expect(self, code: i32) -> Result<Self> {
-        let (status, stderr) = (self.status, self.stderr.trim_end());
-        if status.code() != Some(code) {
-            return Err(failed(format_args!("ended with {status}, not {code}: {stderr}")));
+        if self.status.code() != Some(code) {
+            let (reason, stderr) = (self.done("reason"), self.stderr.trim_end());
+            // Where stderr is a terminal's, the last event alone tells the reason.
+            let why = if stderr.is_empty() { reason.as_str().unwrap_or_default() } else { stderr };
+            let what = format_args!("ended with {}, not {code}: {why}", self.status);
+            return Err(failure_of(self.events.last(), what));
         }
-        let done = self.events.last();
-        if done.is_some_and(|done| done["event"] != "done" || done["exit"] != code) {
-            return Err(failed(format_args!("ended with {code}, and said last {done:?}")));
+        if !self.events.is_empty() {
+            self.expect_said(code)?;
         }
         Ok(self)
+    }
+
+    /// Fails unless the last event says this exit code: for a tool that a shell runs, whose status
+    /// this is not.
+    pub(super) fn expect_said(&self, code: i32) -> Result<()> {
+        match self.events.last() {
+            Some(done) if done["event"] == "done" && done["exit"] == code => Ok(()),
+            done => {
+                let what = format_args!("ended with {}, and said last {done:?}", self.status);
+                Err(failure_of(done, what))
+            }
+        }
+    }
+
+    /// Whether the guest could not be held, or not for long enough, since some process was late.
+    pub(super) fn is_late(&self) -> bool {
+        self.events.last().is_some_and(is_late)
+    }
+
+    /// Whether the hold was thought to become too long.
+    pub(super) fn is_refused(&self) -> bool {
+        self.status.code() == Some(4) && self.events.last().is_some_and(is_refused)
     }
 
     /// Fails unless stderr holds all of these.
@@ -384,4 +413,93 @@ impl Ended {
         let texts = self.events.iter().filter(|event| event["event"] == "warning");
         texts.filter_map(|event| event["text"].as_str()).collect::<Vec<_>>().join("\n")
     }
+}
+
+// A machine that is too slow just then.
+
+/// Reasons of a run that could not hold the guest, or not for long enough, since some process was
+/// late: one CPU that stands for a second is enough.
+const LATE: [&str; 7] = [
+    "stall budget was used up",
+    "hold did not last",
+    "could not be held",
+    "the guardian was lost",
+    "marks of all pages was not done",
+    "still to be read",
+    "was not read for",
+];
+
+/// Reasons of a run that was refused, since the hold was thought to become too long.
+const REFUSED: [&str; 3] = ["is allowed", "is expected to be", "may last"];
+
+fn gives(done: &Value, reasons: &[&str]) -> bool {
+    let reason = done["reason"].as_str().unwrap_or_default();
+    reasons.iter().any(|words| reason.contains(words))
+}
+
+fn is_late(done: &Value) -> bool {
+    matches!(done["exit"].as_u64(), Some(1 | 3)) && gives(done, &LATE)
+}
+
+fn is_refused(done: &Value) -> bool {
+    done["exit"] == 4 && gives(done, &REFUSED)
+}
+
+/// Whether a run that said this last was too slow, or was thought to become so.
+pub(super) fn is_slow(done: &Value) -> bool {
+    is_late(done) || is_refused(done)
+}
+
+/// Stands in the text of a failure that a busy machine can be to blame for.
+const TOO_SLOW: &str = "this machine was too slow just then: ";
+
+/// A failure after which [`unless_slow`] tries again.
+pub(super) fn too_slow(why: impl Display) -> Failure {
+    failed(format_args!("{TOO_SLOW}{why}"))
+}
+
+pub(super) fn is_too_slow(failure: &Failure) -> bool {
+    failure.to_string().contains(TOO_SLOW)
+}
+
+/// The failure of a run that ended with this event: one that was too slow, if it says so itself.
+fn failure_of(done: Option<&Value>, what: impl Display) -> Failure {
+    if done.is_some_and(is_slow) { too_slow(what) } else { failed(what) }
+}
+
+/// How often something is done again that the machine was too slow for: a tool that always is fails.
+const AGAIN: u32 = 5;
+
+/// Does `once`, and again while the machine is too slow for it.
+pub(super) fn unless_slow<T>(mut once: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 0..AGAIN {
+        match once() {
+            Err(failure) if is_too_slow(&failure) => println!("         again: {failure}"),
+            other => return other,
+        }
+        sleep(Duration::from_secs(1));
+    }
+    once().doing(format_args!("after {AGAIN} in vain"))
+}
+
+/// How often a run is begun: a machine that is busy just then can make the reading look too slow for
+/// the budget.
+const BEGINNINGS: u32 = 20;
+
+/// A run that was not refused, with whatever was said up to its plan.
+pub(super) fn begin(start: impl Fn() -> Result<Running>) -> Result<Running> {
+    let mut reason = Value::Null;
+    for _ in 0..BEGINNINGS {
+        let mut run = start()?;
+        let first = run.until(|event| event["event"] == "plan" || event["event"] == "done")?;
+        if first["event"] == "plan" {
+            return Ok(run);
+        }
+        let ended = run.end()?.expect(4)?;
+        assert!(ended.is_refused(), "{:?}", ended.events);
+        reason = ended.done("reason");
+        println!("         refused, and begun again: {reason}");
+        sleep(Duration::from_secs(1));
+    }
+    Err(failed(format_args!("the machine is too busy: refused over and over: {reason}")))
 }

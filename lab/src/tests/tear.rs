@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use lab::tear::{Controls, Runs, Scan, Verdict};
 use lab::{Accel, Backing, Doing, Guest, Lab, Result, Ring, Version, here, outer};
 
-use super::exhibit::{Exhibit, acquire};
+use super::exhibit::{Exhibit, acquire, control};
 
 pub(crate) const TESTS: &[lab::runner::Test] =
     here![spliced_images_are_torn, freeze_is_one_instant, a_slow_ring_is_torn_too];
@@ -88,23 +88,24 @@ impl Subject {
         self.judge(acquire(lab, &self.guest, "live", &flags)?)
     }
 
-    /// So many of them.
-    pub(super) fn lives(&self, lab: &Lab, n: u32) -> Result<Runs> {
-        let mut runs = Runs::default();
-        for _ in 0..n {
-            runs.count(&self.live(lab, "elf")?);
-        }
-        Ok(runs)
+    /// The same of the running guest, as a control.
+    fn control(&self, lab: &Lab, format: &str) -> Result<Verdict> {
+        control(|| self.live(lab, format), Verdict::is_torn)
     }
 
     /// `n` images by `live` of the running guest, and a third as many of the stopped one, where
     /// chance has no part. It runs on.
     pub(super) fn controls(&mut self, lab: &Lab, n: u32) -> Result<Controls> {
-        let live = self.lives(lab, n)?;
+        let mut controls = Controls::default();
+        for _ in 0..n {
+            controls.live.count(&self.control(lab, "elf")?);
+        }
         self.guest.stop()?;
-        let stopped = self.lives(lab, n.div_ceil(3))?;
+        for _ in 0..n.div_ceil(3) {
+            controls.stopped.count(&self.live(lab, "elf")?);
+        }
         self.guest.cont()?;
-        Ok(Controls { live, stopped })
+        Ok(controls)
     }
 }
 
@@ -159,7 +160,7 @@ fn a_slow_ring_is_torn_too(lab: &Lab) -> Result<()> {
     assert!(subject.rate()? < 1_000_000, "not slow");
     let formats: &[&str] = lab.scale(&["elf"], &["elf", "raw", "lime"]);
     for format in formats {
-        assert!(subject.live(lab, format)?.is_torn(), "{format}: live");
+        assert!(subject.control(lab, format)?.is_torn(), "{format}: live");
         subject.guest.stop()?;
         assert!(!subject.live(lab, format)?.is_torn(), "{format}: stopped");
         subject.guest.cont()?;

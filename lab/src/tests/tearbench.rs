@@ -8,7 +8,7 @@ use lab::tearcheck::{Declared, Ledger, Offset, Report, Scan, utc_ns};
 use lab::{Accel, Backing, Builder, Doing, Guest, Lab, Result, Version, failed, here, outer};
 use serde_json::Value;
 
-use super::exhibit::acquire;
+use super::exhibit::{acquire, control};
 
 pub(crate) const TESTS: &[lab::runner::Test] = here![freeze_of_linux_is_one_instant];
 
@@ -109,7 +109,7 @@ impl Subject {
     fn controls(&mut self, lab: &Lab, n: u32, seen: &mut Vec<Report>) -> Result<Controls> {
         let mut controls = Controls::default();
         for _ in 0..n {
-            let report = self.live(lab)?;
+            let report = control(|| self.live(lab), Report::is_torn)?;
             count(&mut controls.live, &report);
             seen.push(report);
         }

@@ -18,7 +18,7 @@ use lab::{
 };
 use serde_json::{Value, json};
 
-use super::exhibit::{Exhibit, acquire};
+use super::exhibit::{Exhibit, acquire, at_best, control};
 use super::run::{Running, new_dir};
 use super::tear::{Subject, memory_mib};
 
@@ -168,24 +168,10 @@ fn followed(lab: &Lab, guest: &mut Guest, images: u32, flags: &[&str]) -> Result
     Ok(())
 }
 
-/// An image, once the hold that it takes is expected to fit: it is measured beforehand, and looks too long
-/// when the machine is busy just then.
-fn when_it_fits(lab: &Lab, guest: &Guest, method: &str, flags: &[&str]) -> Result<Exhibit> {
-    for _ in 0..5 {
-        match acquire(lab, guest, method, flags) {
-            Err(refused) if refused.to_string().contains("is expected to be") => {
-                sleep(Duration::from_secs(2));
-            }
-            other => return other,
-        }
-    }
-    acquire(lab, guest, method, flags)
-}
-
 /// The record of one image of such a guest, which must show one instant.
 fn one_round(lab: &Lab, guest: &mut Guest, method: &str, flags: &[&str]) -> Result<Value> {
     let flags = [&["--stall-budget", "900ms", "--file-digest", "no"], flags].concat();
-    let exhibit = when_it_fits(lab, guest, method, &flags)?;
+    let exhibit = acquire(lab, guest, method, &flags)?;
     lab.tool([Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
     let rounds = rounds(guest, &exhibit)?;
     assert!(is_one_instant(&rounds), "{method}: {rounds:?}");
@@ -197,11 +183,16 @@ fn one_round(lab: &Lab, guest: &mut Guest, method: &str, flags: &[&str]) -> Resu
 
 /// The control: an image by `live`, as slow as the program is fast, shows many instants.
 fn smeared(lab: &Lab, guest: &mut Guest) -> Result<()> {
-    let control = acquire(lab, guest, "live", &["--max-rate", "32M", "--file-digest", "no"])?;
-    let rounds = rounds(guest, &control)?;
+    let live = || {
+        let image = acquire(lab, guest, "live", &["--max-rate", "32M", "--file-digest", "no"])?;
+        let rounds = rounds(guest, &image)?;
+        image.remove()?;
+        Ok(rounds)
+    };
+    let rounds = control(live, |rounds| !is_one_instant(rounds))?;
     assert!(!is_one_instant(&rounds), "void: live shows one instant too");
     println!("         live shows {} rounds", rounds.len());
-    control.remove()
+    Ok(())
 }
 
 fn a_busy_linux_guest_is_followed(lab: &Lab) -> Result<()> {
@@ -432,9 +423,12 @@ fn unheld(lab: &Lab, subject: &Subject, count: u32) -> Result<Runs> {
     let mut runs = Runs::default();
     for _ in 0..count {
         let out = new_dir(lab, "unheld")?;
-        let mut command = lab.at_hold_command()?;
-        command.arg(subject.guest.pid().to_string()).arg(&out).args(["unheld", "900"]);
-        let ended = Running::start(command)?.end()?.expect(1)?;
+        let run = || {
+            let mut command = lab.at_hold_command()?;
+            command.arg(subject.guest.pid().to_string()).arg(&out).args(["unheld", "900"]);
+            Running::start(command)?.end()
+        };
+        let ended = at_best(run)?.expect(1)?;
         let exhibit = Exhibit::open(&ended.exhibit()?.0)?;
         assert_eq!(exhibit.manifest["class"], "none");
         runs.count(&subject.judge(exhibit)?);

@@ -7,6 +7,7 @@ use crate::output::{self, safe, size};
 use crate::picture;
 use acquire::chart::{Chart, Charted, Pages, Route};
 use acquire::plan::TAINT;
+use qemu::Balloon;
 use qemu::graph::{Graph, Index, MEMORY};
 use std::fs;
 use std::io::{self, Write as _};
@@ -53,6 +54,12 @@ fn write_new(file: &Path, text: &str) -> io::Result<()> {
     })
 }
 
+/// What the balloon leaves the guest, and whether the guest gives memory back unasked.
+fn balloon(balloon: &Balloon) -> String {
+    let reports = if balloon.free_page_reporting { ", may report free pages" } else { "" };
+    format!("leaves the guest {}{reports}", size(balloon.leaves))
+}
+
 fn lines(chart: &Chart) -> Vec<String> {
     let (vm, qemu) = (&chart.vm, &chart.qemu);
     let mut lines = vec![
@@ -64,10 +71,7 @@ fn lines(chart: &Chart) -> Vec<String> {
             "RAM     {} at start, {} plugged in; balloon: {}",
             size(chart.size.base),
             size(chart.size.plugged.unwrap_or(0)),
-            chart.balloon_bytes.map_or_else(
-                || "none".to_owned(),
-                |bytes| format!("leaves the guest {}", size(bytes))
-            )
+            chart.balloon.as_ref().map_or_else(|| "none".to_owned(), balloon)
         ),
         format!(
             "KSM     {}",

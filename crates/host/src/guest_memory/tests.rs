@@ -640,10 +640,13 @@ fn merged_pages_stay_merged() {
     memory.begin_pass().unwrap();
     check(&memory, GPA, 0..512 * 4096, &with((Data, 5), 512, &[]));
     assert!(alone() <= 10, "reading un-merged {} pages", alone());
-    // The check has teeth: the other reader does un-merge.
+    // The check has teeth: the other reader does un-merge, and ksmd is not always back before the look.
     memory.places()[0].merged.store(false, Ordering::Relaxed);
-    read(&memory, GPA, 512 * 4096);
-    assert!(alone() > 100, "process_vm_readv left all but {} pages merged", alone());
+    let torn = (0..100).any(|_| {
+        read(&memory, GPA, 512 * 4096);
+        alone() > 100
+    });
+    assert!(torn, "process_vm_readv left all merged");
 }
 
 #[test]
@@ -655,12 +658,27 @@ fn who_else_writes_shared_memory_is_found() {
         let vma = maps.iter().find(|vma| vma.covers(area.hva(), 4096)).unwrap();
         [(vma.dev, vma.inode)]
     };
-    let pids = |area: &Area, but| -> Vec<u32> {
-        crate::process::sharers(&file(area), but).unwrap().iter().map(Process::pid).collect()
-    };
-    assert_eq!(pids(&area, 1), [me.pid()]);
-    assert_eq!(pids(&area, me.pid()), [0; 0]);
-    assert_eq!(pids(&private, 1), [0; 0], "what it writes is its own");
+    let pids = |area: &Area, but| crate::process::sharers(&file(area), but).unwrap();
+    finds(&[me.pid()], || pids(&area, 1));
+    finds(&[], || pids(&area, me.pid()));
+    // What it writes is its own.
+    finds(&[], || pids(&private, 1));
     let memory = GuestMemory::open(&me, &[area.place(0)]).unwrap();
-    assert!(memory.sharers().unwrap().is_empty(), "the VM itself");
+    // The VM itself.
+    finds(&[], || memory.sharers().unwrap());
+}
+
+/// Waits until just these are found: what another test starts beside has our mappings until it has become
+/// its program.
+#[track_caller]
+fn finds(expected: &[u32], look: impl Fn() -> Vec<Process>) {
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        let pids: Vec<u32> = look().iter().map(Process::pid).collect();
+        if pids == expected {
+            return;
+        }
+        assert!(std::time::Instant::now() < until, "{pids:?}, not {expected:?}");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
+use lab::metronome::Metronome;
 use lab::{Doing, Guest, Result, Ring, failed};
 
 /// The guest's CPU, known by what it wrote.
@@ -74,7 +75,8 @@ pub(super) struct Stalls {
     /// The longest, from the first to the last look that found the same number: so it was at least
     /// so long, however late a look was.
     pub(super) longest: Duration,
-    /// The longest time between two looks: so late may the machine have been for the tool too.
+    /// The longest time between two looks, and the longest that any CPU stood: so late may the machine have
+    /// been for the tool and for QEMU too.
     pub(super) late: Duration,
 }
 
@@ -86,11 +88,18 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
+    /// Has looked once when it returns.
     pub(super) fn start(guest: &mut Guest, ring: &Ring) -> Result<Self> {
-        let writer = Writer::of(guest, ring)?;
+        let (writer, metronome) = (Writer::of(guest, ring)?, Metronome::start()?);
+        let first = (writer.at()?, Instant::now());
         let over = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&over);
-        Ok(Self { over, thread: Some(spawn(move || watch(&writer, &ends))) })
+        let thread = spawn(move || {
+            let mut stalls = watch(&writer, first, &ends)?;
+            stalls.late += metronome.end();
+            Ok(stalls)
+        });
+        Ok(Self { over, thread: Some(thread) })
     }
 
     pub(super) fn end(mut self) -> Result<Stalls> {
@@ -106,11 +115,12 @@ impl Drop for Pulse {
     }
 }
 
-fn watch(writer: &Writer, over: &AtomicBool) -> Result<Stalls> {
-    let (mut stalls, mut number) = (Stalls::default(), writer.at()?);
-    let mut last = Instant::now();
-    let mut since = last;
-    while !over.load(Ordering::Relaxed) {
+/// Looks until it is `over`, and once more, from a `first` look on: what it found, and when.
+fn watch(writer: &Writer, first: (u64, Instant), over: &AtomicBool) -> Result<Stalls> {
+    let (mut stalls, (mut number, mut since)) = (Stalls::default(), first);
+    let mut last = since;
+    loop {
+        let is_last = over.load(Ordering::Relaxed);
         let before = Instant::now();
         let now = writer.at()?;
         let after = Instant::now();
@@ -121,7 +131,9 @@ fn watch(writer: &Writer, over: &AtomicBool) -> Result<Stalls> {
         }
         stalls.late = stalls.late.max(after - last);
         last = after;
+        if is_last {
+            return Ok(stalls);
+        }
         sleep(Duration::from_millis(1));
     }
-    Ok(stalls)
 }

@@ -8,7 +8,9 @@ use lab::{Builder, Doing, Guest, Lab, Result, failed, outer};
 use serde_json::{Value, json};
 
 use super::super::kills::settle;
-use super::super::run::{Ended, Running, await_dead, kill, new_dir, recover, undo_files, verify};
+use super::super::run::{
+    Ended, Running, await_dead, begin, kill, new_dir, recover, undo_files, verify,
+};
 
 pub(crate) const OUTER: &[lab::runner::Test] = outer![others_change_the_machine_meanwhile];
 
@@ -80,12 +82,13 @@ fn boot(lab: &Lab) -> Result<Guest> {
 /// A run in the middle of which `act` is done.
 fn meanwhile(lab: &Lab, guest: &mut Guest, act: &Act) -> Result<Ended> {
     let out = new_dir(lab, &act.name.replace(' ', "-"))?;
-    let mut command = lab.tool_command(["acquire", "--method", "track", "--json"])?;
-    // The horizon is the time that there is.
-    command.args(["--stall-budget", "950ms", "--io-horizon", "1s", "--file-digest", "no"]);
-    command.arg("-o").arg(&out).arg(guest.pid().to_string());
-    let mut run = Running::start(command)?;
-    run.until(|event| event["event"] == "plan")?;
+    let run = begin(|| {
+        let mut command = lab.tool_command(["acquire", "--method", "track", "--json"])?;
+        // The horizon is the time that there is, also for a lab that is late itself.
+        command.args(["--stall-budget", "950ms", "--io-horizon", "3s", "--file-digest", "no"]);
+        command.arg("-o").arg(&out).arg(guest.pid().to_string());
+        Running::start(command)
+    })?;
     std::thread::sleep(Duration::from_millis(400));
     (act.act)(guest)?;
     run.end()
