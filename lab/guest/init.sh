@@ -9,6 +9,8 @@ dmesg -n 1
 # Planted pages carry their frame number: the kernel is asked not to move them.
 echo never > /sys/kernel/mm/transparent_hugepage/enabled
 echo 0 > /proc/sys/vm/compaction_proactiveness
+# Locked pages are left where they are.
+echo 0 > /proc/sys/vm/compact_unevictable_allowed
 /bin/CANARY park &
 exec < /dev/ttyS0 > /dev/ttyS0 2>&1
 stty raw -echo

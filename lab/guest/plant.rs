@@ -5,10 +5,10 @@
 //! `frames N` and waits. `plant noise MIB SEED` fills MIB with incompressible bytes, prints
 //! `noise MIB` and waits. `plant dirty MIB PER_SECOND` numbers its pages as `frames` does and
 //! goes on writing to each, where the run stands, for ever.
-#![forbid(unsafe_code)]
 
 mod pattern;
 
+use std::ffi::c_int;
 use std::fs::File;
 use std::io::{Error, Write};
 use std::os::unix::fs::FileExt;
@@ -20,6 +20,13 @@ use pattern::PAGE;
 const PRESENT: u64 = 1 << 63;
 /// Bits 0-54 of a pagemap entry: the frame number.
 const FRAME: u64 = (1 << 55) - 1;
+
+/// mlockall(2).
+const MCL_CURRENT: c_int = 1;
+
+unsafe extern "C" {
+    fn mlockall(flags: c_int) -> c_int;
+}
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -95,7 +102,12 @@ fn number_pages(memory: &mut Memory, run: u64) -> Result<usize, Error> {
     for page in memory.pages() {
         page[0] = 1; // faults the page in; before that it has no frame
     }
-    // The kernel may move a page (compaction). Then it is written again, and looked at again.
+    // What is locked is moved by no compaction (init.sh), as a balloon that grows gives cause for.
+    // SAFETY: changes no memory.
+    if unsafe { mlockall(MCL_CURRENT) } != 0 {
+        return Err(Error::last_os_error());
+    }
+    // The kernel may have moved a page before. Then it is written again, and looked at again.
     for _ in 0..10 {
         let before = memory.frame_numbers()?;
         for (page, pfn) in memory.pages().zip(&before) {
