@@ -388,6 +388,7 @@ fn blank_manifest() -> Result<Manifest> {
             after: Some(file(exhibit::MAP_AFTER)),
             equal: Some(true),
         },
+        decisions: Vec::new(),
         amount: None,
         parameters: serde_json::Map::new(),
         window: Some(Span { t0_ns: 1_000_000, t1_ns: 3_000_000 }),

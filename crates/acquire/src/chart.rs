@@ -9,7 +9,7 @@ use crate::look::{self, Probe};
 use crate::map::{self, Located};
 use crate::monitor::{Asked, Monitor, VmFacts};
 use crate::plan::{self, Facts, TAINT};
-use crate::{Failure, Request, amount, told};
+use crate::{Failure, Request, amount, aside, told};
 use evidence::map::Mapping;
 use evidence::range::hex;
 use evidence::{GuestRange, Kind, Region};
@@ -293,15 +293,7 @@ fn regions(located: &Located, usage: &[Usage], nodes: &Nodes) -> Vec<Charted> {
 }
 
 fn decision(kind: Kind) -> Decision {
-    let why = match kind {
-        Kind::Ram => "the guest's RAM",
-        Kind::Rom => "ROM that is plain memory to the host",
-        Kind::DeviceRam => "memory of an emulated device",
-        Kind::Romd => "a device model answers reads",
-        Kind::Nvdimm => "persistent memory: a file of the host's",
-        Kind::RamDevice => "a passed-through device's: to read it is to touch hardware",
-    };
-    Decision { taken: kind.in_image(), why }
+    Decision { taken: kind.in_image(), why: aside::why(kind) }
 }
 
 /// The guest's NUMA nodes, by QEMU's command line.

@@ -214,6 +214,20 @@ impl Guarded {
         self.draft.file(name).map_err(|cause| SealError::File { name, cause })
     }
 
+    /// A new file of the exhibit beside the image.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn aside(&self, name: &str) -> Result<File, ExhibitError> {
+        self.draft.file(name)
+    }
+
+    /// Takes such a file away that did not come to its end.
+    pub fn remove_aside(&self, name: &str) {
+        // What cannot be removed makes the exhibit one that verify finds fault with.
+        let _ = self.draft.remove(name);
+    }
+
     /// A whole new file of the exhibit.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod amount;
+pub mod aside;
 pub mod chart;
 pub mod copy;
 pub mod doctor;
@@ -224,6 +225,7 @@ pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Do
     if run.end.is_none() {
         run.capture(request, &looked, &plan, &mut guarded, &mut guardian, &log, tell, stop); // capture
     }
+    run.asides(&looked, &guarded, &log);
     run.map_again(&looked, &mut guardian, &log, &began, tell);
     run.part(guardian, &log, tell);
     let sealed = run.seal(request, &plan, &mut guarded, &log, tell, &stop.next());
@@ -247,6 +249,10 @@ struct Run {
     map_after: Option<(FileRecord, Vec<u8>)>,
     map_difference: Option<String>,
     run_state_after: Option<String>,
+    /// What was done with each region, and with what is hidden.
+    decisions: Vec<manifest::Decided>,
+    /// Files beside the image.
+    files: Vec<FileRecord>,
     /// How much memory the guest has, before and after.
     amount: manifest::Amount,
     /// Names of the events that QEMU told of meanwhile.
@@ -316,6 +322,8 @@ impl Run {
             map_after: None,
             map_difference: None,
             run_state_after: None,
+            decisions: looked.asides.iter().map(|aside| aside.decided.clone()).collect(),
+            files: Vec::new(),
             amount: looked.amount.clone(),
             events: Vec::new(),
             disturbances: Vec::new(),
@@ -367,6 +375,9 @@ impl Run {
             observer: tell,
         };
         log.add("capture", json!({ "blocks": self.cells.len(), "workers": work.workers }));
+        // QEMU's streams have everything.
+        let streams = plan.snapshot.is_some() || plan.dump.is_some();
+        let excluded = if streams { Vec::new() } else { self.take_excluded() };
         let mut samples = None;
         // As near as may be to the instant that the image will show.
         let registers_first = plan.method != Method::Track;
@@ -424,6 +435,7 @@ impl Run {
         self.readers = looked.readers();
         self.readers.iter_mut().for_each(|(_, word)| *word = by_qemu.unwrap_or(word));
         self.drop_unreached(guarded);
+        self.put_back(excluded);
     }
 
     /// One pass inside a hold. The guest goes on when this returns.
@@ -723,6 +735,49 @@ impl Run {
         self.cells.retain(|cell| cell.pass > 0);
     }
 
+    /// Reads what is not in the image and has files of its own.
+    fn asides(&mut self, looked: &Looked, guarded: &Guarded, log: &Log) {
+        if self.end.is_some() || looked.located.unseen.is_some() {
+            let why = match &self.end {
+                Some(_) => "the acquisition ended before",
+                None => "QEMU's process may not be looked at",
+            };
+            aside::none(&mut self.decisions, why);
+            return;
+        }
+        (self.decisions, self.files) = aside::read(&looked.asides, looked, log, guarded);
+        log.add("asides", json!({ "files": self.files.len() }));
+    }
+
+    /// Takes out the blocks of regions that are left out on request, so that nobody reads them.
+    fn take_excluded(&mut self) -> Vec<Cell> {
+        let excluded = self.excluded();
+        let is = |cell: &Cell| excluded.iter().any(|range| range.covers(cell.block));
+        let (out, kept) = std::mem::take(&mut self.cells).into_iter().partition(is);
+        self.cells = kept;
+        out
+    }
+
+    /// The regions that are left out on request.
+    fn excluded(&self) -> Vec<GuestRange> {
+        let excluded = self.decisions.iter().filter(|one| one.taken == manifest::Taken::Excluded);
+        excluded.filter_map(|one| GuestRange::new(one.gpa, one.len)).collect()
+    }
+
+    /// Puts such blocks back in their places, and says of each that it was left out. What was read of them
+    /// all the same, as QEMU's streams have everything, does not come into the image.
+    fn put_back(&mut self, out: Vec<Cell>) {
+        let Some(pass) = self.passes.first() else { return };
+        let (excluded, span) = (self.excluded(), pass.span);
+        self.cells.extend(out);
+        self.cells.sort_by_key(|cell| cell.block.start());
+        let is = |cell: &&mut Cell| excluded.iter().any(|range| range.covers(cell.block));
+        for cell in self.cells.iter_mut().filter(is) {
+            let states = vec![PageState::Excluded; cell.states.len()];
+            *cell = Cell { states: states.into(), stored: span, pass: 1, ..Cell::new(cell.block) };
+        }
+    }
+
     /// Whether QEMU still says the same of the guest's memory.
     fn map_again(
         &mut self,
@@ -968,17 +1023,21 @@ impl Run {
         if let Some(difference) = &self.map_difference {
             return Ending::Losses(format!("the memory map changed meanwhile: {difference}"));
         }
-        match (self.disturbances.first(), unreadable) {
-            (Some(what), _) => Ending::Losses(format!("meanwhile {what}")),
-            (None, 1..) => Ending::Losses(format!("{unreadable} bytes could not be read")),
-            (None, 0) => Ending::Complete,
+        let excluded = self.bytes_in(PageState::Excluded);
+        match (self.disturbances.first(), unreadable, excluded) {
+            (Some(what), ..) => Ending::Losses(format!("meanwhile {what}")),
+            (None, 1.., _) => Ending::Losses(format!("{unreadable} bytes could not be read")),
+            (None, 0, 1..) => {
+                Ending::Losses(format!("{excluded} bytes were left out on request (--exclude)"))
+            }
+            (None, 0, 0) => Ending::Complete,
         }
     }
 
     /// Writes what is left of the record, the manifest last, and gives the exhibit its name.
     #[expect(clippy::too_many_arguments, reason = "everything that is known goes into the record")]
     fn exhibit(
-        self,
+        mut self,
         request: &Request,
         looked: &Looked,
         plan: &Plan,
@@ -999,7 +1058,7 @@ impl Run {
         if let Some((record, text)) = &self.map_after {
             guarded.write(&record.file, text).map_err(|e| fail(Box::new(e)))?;
         }
-        let mut attachments = Vec::new();
+        let mut attachments = std::mem::take(&mut self.files);
         if !self.device_state.is_empty() {
             let state = &self.device_state;
             guarded.write(exhibit::DEVICE_STATE, state).map_err(|e| fail(Box::new(e)))?;
@@ -1034,6 +1093,7 @@ impl Run {
             },
             map_difference: self.map_difference,
             run_state_after: self.run_state_after,
+            decisions: self.decisions,
             amount: self.amount,
             events: self.events,
             disturbances: self.disturbances,

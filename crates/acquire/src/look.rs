@@ -8,6 +8,7 @@ use crate::map::{self, Located};
 use crate::method::{dump, stream};
 use crate::monitor::{Asked, AskedAgain, Monitor, Told, VmFacts};
 use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, TrackFacts};
+use crate::aside::{self, Aside};
 use crate::{Failure, Request, amount, draft, speed, told};
 use evidence::format::{self, Arch, Format};
 use evidence::manifest;
@@ -31,6 +32,8 @@ pub struct Looked {
     pub located: Located,
     /// How much memory it has.
     pub amount: manifest::Amount,
+    /// What is done with each region, and with what is hidden.
+    pub asides: Vec<Aside>,
     /// The way to read it.
     pub memory: GuestMemory,
     /// What the decision rests on.
@@ -61,6 +64,8 @@ pub struct Surveyed {
     pub facts: Facts,
     /// The map.
     pub map: MemoryMap,
+    /// What is done with each region, and with what is hidden.
+    pub decisions: Vec<manifest::Decided>,
     /// What the head of QEMU's dump told, if it was to be asked.
     pub probe: Option<Probe>,
     /// What would be done, or why nothing.
@@ -87,8 +92,8 @@ impl Surveyed {
             Ok(plan) => (Some(plan), None),
             Err(refusal) => (None, Some(refusal)),
         };
-        json!({ "vm": self.row, "facts": self.facts, "map": self.map, "probe": self.probe,
-                "plan": plan, "refusal": refusal })
+        json!({ "vm": self.row, "facts": self.facts, "map": self.map, "decisions": self.decisions,
+                "probe": self.probe, "plan": plan, "refusal": refusal })
     }
 }
 
@@ -122,8 +127,9 @@ pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
         true => probe(request, target, &log)?,
     };
     let decision = plan::choose(&looked.facts, &request.wish);
-    let Looked { target, facts, located, .. } = looked;
-    Ok(Surveyed { row: target.row, facts, map: located.map, probe, decision })
+    let Looked { target, facts, located, asides, .. } = looked;
+    let decisions = asides.into_iter().map(|aside| aside.decided).collect();
+    Ok(Surveyed { row: target.row, facts, map: located.map, decisions, probe, decision })
 }
 
 /// Looks, and holds the map against the head of QEMU's dump.
@@ -174,6 +180,7 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
         return Err(Failure::Refused(refusal_of(&facts, request)));
     };
     let amount = amount::before(&view, &asked.balloon);
+    let asides = aside::decide(&view, &asked.hidden, &request.wish);
     if let Err(why) = &asked.balloon {
         warnings.push(format!("the balloon is not known: {why}"));
     }
@@ -193,7 +200,8 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
         snapshots: asked.snapshots.is_some(),
         block_jobs: asked.block_jobs,
     };
-    let facts = facts(request, &target, qemu, &located, &memory, &resident)?;
+    let mut facts = facts(request, &target, qemu, &located, &memory, &resident)?;
+    facts.aside_bytes = aside::bytes(&asides);
     log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
     if asked.snapshots == Some(true) {
         warnings.push(
@@ -208,7 +216,7 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
                 .to_owned(),
         );
     }
-    Ok(Looked { target, vm: asked.vm, located, amount, memory, facts, resident, warnings })
+    Ok(Looked { target, vm: asked.vm, located, amount, asides, memory, facts, resident, warnings })
 }
 
 /// The refusal that `facts` lead to; they always do.

@@ -9,9 +9,9 @@ use crate::find::LibvirtDomain;
 use crate::log::Notes;
 use crate::told;
 use qemu::facts::{BlockTimes, Dump, Facts, Migration};
-use qemu::graph::Graph;
+use qemu::graph::{Graph, Hidden};
 use qemu::qmp::{Capability, Change, Exchange};
-use qemu::{GuestView, Qmp, QmpError};
+use qemu::{FlatViews, GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::os::fd::BorrowedFd;
@@ -133,6 +133,8 @@ pub struct Asked {
     pub block_jobs: Vec<String>,
     /// The balloon.
     pub balloon: amount::Asked,
+    /// Memory that lies under something else.
+    pub hidden: Result<Vec<Hidden>, String>,
     /// The memory map.
     pub view: Option<GuestView>,
 }
@@ -239,6 +241,7 @@ impl Monitor {
         let block_jobs = self.facts().block_jobs().map_err(query)?;
         let balloon = self.balloon();
         let view = if confidential.is_none() { Some(self.view()?) } else { None };
+        let hidden = view.as_ref().map_or_else(|| Err("no map".to_owned()), |view| self.hidden(view));
         let skipped = std::mem::take(&mut self.skipped);
         Ok(Asked {
             vm,
@@ -249,6 +252,7 @@ impl Monitor {
             snapshots,
             block_jobs,
             balloon,
+            hidden,
             view,
         })
     }
@@ -264,6 +268,19 @@ impl Monitor {
         self.take_events();
         let (events, reopened) = (std::mem::take(&mut self.events), self.qmp.reconnects());
         Ok(AskedAgain { view, balloon, run_state, events, reopened })
+    }
+
+    /// What the graph has and the flat view does not show. That it is not known stands in nobody's way.
+    fn hidden(&mut self, view: &GuestView) -> Result<Vec<Hidden>, String> {
+        let graph = Graph::take(&mut self.qmp, QUERY).map_err(|error| told(&error))?;
+        let graph = graph.map_err(|error| told(&error))?;
+        let views = FlatViews::parse(&view.mtree).map_err(|error| told(&error))?;
+        let compared = graph.compare(&views.memory().map_err(|error| told(&error))?.entries)?;
+        match compared.difference {
+            // The guest has changed its machine meanwhile, as firmware does.
+            Some(difference) => Err(difference),
+            None => Ok(compared.hidden),
+        }
     }
 
     /// The balloon. That QEMU does not tell stands in nobody's way.

@@ -61,6 +61,35 @@ const SWAP_PAGE: Duration = Duration::from_micros(200);
 /// The most bytes that QEMU copies at a time: a block. docs/methods.md has what it costs the guest.
 pub const SLICE_AT_MOST: u64 = 1 << 20;
 
+/// Memory that may be taken or left by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// ROM that is plain memory; in the image.
+    Rom,
+    /// RAM that a device owns; in the image.
+    DeviceRam,
+    /// Flash; in files of its own.
+    Romd,
+    /// NVDIMMs; in files of their own, on request.
+    Nvdimm,
+    /// RAM that lies under something else; in files of its own.
+    Hidden,
+}
+
+impl Part {
+    /// The part's word on the command line and in the record.
+    pub fn word(self) -> &'static str {
+        match self {
+            Part::Rom => "rom",
+            Part::DeviceRam => "device-ram",
+            Part::Romd => "romd",
+            Part::Nvdimm => "nvdimm",
+            Part::Hidden => "hidden",
+        }
+    }
+}
+
 /// The operator's wish.
 #[derive(Clone, Debug)]
 pub struct Wish {
@@ -89,6 +118,22 @@ pub struct Wish {
     pub swap_in: bool,
     /// Write to a filesystem that has little room or holds the VM's disks.
     pub force_output: bool,
+    /// What is taken that is not taken unasked.
+    pub include: Vec<Part>,
+    /// What is left out that is taken unasked; wins over `include`.
+    pub exclude: Vec<Part>,
+}
+
+impl Wish {
+    /// Whether this part is taken.
+    pub fn wants(&self, part: Part) -> bool {
+        !self.excluded(part) && (part != Part::Nvdimm || self.include.contains(&part))
+    }
+
+    /// Whether it was asked that this part be left out.
+    pub fn excluded(&self, part: Part) -> bool {
+        self.exclude.contains(&part)
+    }
 }
 
 impl Default for Wish {
@@ -106,6 +151,8 @@ impl Default for Wish {
             store: None,
             swap_in: false,
             force_output: false,
+            include: Vec::new(),
+            exclude: Vec::new(),
         }
     }
 }
@@ -211,6 +258,9 @@ pub struct Facts {
     pub reserve_bytes: u64,
     /// Of the resident bytes, those that the host has swapped out.
     pub swapped_bytes: u64,
+    /// Bytes of files that lie beside the image: memory that is hidden, flash, NVDIMMs.
+    #[serde(default)]
+    pub aside_bytes: u64,
     /// Bytes of memory that the host can give without swapping.
     pub available_bytes: u64,
     /// Bytes that a RAM store may take.
@@ -364,9 +414,11 @@ fn record_bytes(image_bytes: u64) -> u64 {
     image_bytes / (1 << 20) * 512 + (4 << 20)
 }
 
-/// Bytes that the exhibit may need on disk: the blocks that hold anything, the image's head, the record.
+/// Bytes that the exhibit may need on disk: the blocks that hold anything, the image's head, what lies beside it, the
+/// record.
 fn output_bytes(facts: &Facts) -> u64 {
-    facts.reserve_bytes.saturating_add(2 << 20).saturating_add(record_bytes(facts.image_bytes))
+    let image = facts.reserve_bytes.saturating_add(2 << 20);
+    image.saturating_add(facts.aside_bytes).saturating_add(record_bytes(facts.image_bytes))
 }
 
 /// Decides what to do.

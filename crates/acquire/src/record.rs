@@ -82,6 +82,8 @@ pub struct Story<'a> {
     pub run_state_after: Option<String>,
     /// What happened to the machine meanwhile.
     pub disturbances: Vec<String>,
+    /// What was done with each region, and with what is hidden.
+    pub decisions: Vec<manifest::Decided>,
     /// How much memory the guest has, and what moved in it.
     pub amount: manifest::Amount,
     /// Names of the events that QEMU told of during the acquisition.
@@ -175,6 +177,7 @@ impl Story<'_> {
             vm: self.vm_record(),
             map: self.map.clone(),
             map_check: self.map_check.clone(),
+            decisions: self.decisions.clone(),
             amount: Some(self.amount.clone()),
             parameters: self.parameters(),
             window: self.window(cells),
@@ -330,10 +333,11 @@ impl Story<'_> {
             false => fault_reason(&self.faults),
         };
         let unreadable = cells.iter().flat_map(|cell| {
-            pages(cell.block)
-                .zip(&cell.states)
-                .filter(|(_, state)| **state == PageState::Unreadable)
-                .map(|(page, _)| (page, LossKind::Unreadable))
+            pages(cell.block).zip(&cell.states).filter_map(|(page, state)| match state {
+                PageState::Unreadable => Some((page, LossKind::Unreadable)),
+                PageState::Excluded => Some((page, LossKind::Excluded)),
+                _ => None,
+            })
         });
         let not_reached = self.not_reached.iter().map(|range| (*range, LossKind::NotReached));
         let mut all: Vec<(GuestRange, LossKind)> = unreadable.chain(not_reached).collect();
@@ -360,6 +364,7 @@ impl Story<'_> {
                 kind,
                 reason: match kind {
                     LossKind::NotReached => not_reached.clone(),
+                    LossKind::Excluded => "left out on request: --exclude".to_owned(),
                     _ => reason.clone(),
                 },
             })
@@ -688,7 +693,8 @@ fn limitations(
         VOLATILE,
         registers,
         "Memory that the chipset hides under overlays (legacy VGA hole, SMRAM), ROM devices (pflash) \
-         and NVDIMMs are not in this image; the map names them where QEMU shows them.",
+         and NVDIMMs are not in this image; decisions say which have files of their own, read behind the image \
+         and not at its instant, and which were not read.",
         "Pages in state hole had no memory behind them on the host; whether the guest never touched \
          them or gave them back cannot be told from the host.",
         "Whoever has the host's root rights can forge what this tool was shown.",

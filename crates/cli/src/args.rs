@@ -136,6 +136,13 @@ pub(crate) struct How {
     /// The most host memory that a RAM store may take: 512M, 8G
     #[arg(long, value_parser = bytes, value_name = "SIZE")]
     pub(crate) max_ram: Option<u64>,
+    /// Take this too, into files of its own beside the image: nvdimm
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "KIND")]
+    pub(crate) include: Vec<PartArg>,
+    /// Leave this out: rom and device-ram become zeros in the image, and a loss; romd (flash), hidden and nvdimm
+    /// have files of their own
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "KIND")]
+    pub(crate) exclude: Vec<PartArg>,
     /// Read guest memory that the host has swapped out, even when it is much
     #[arg(long)]
     pub(crate) swap_in: bool,
@@ -230,6 +237,33 @@ impl From<MethodArg> for acquire::plan::Method {
             MethodArg::Live => Self::Live,
             MethodArg::Dump => Self::Dump,
             MethodArg::Pmemsave => Self::Pmemsave,
+        }
+    }
+}
+
+/// Memory that may be taken or left by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PartArg {
+    /// ROM that is plain memory to the host; in the image
+    Rom,
+    /// RAM that a device owns, such as VGA memory; in the image
+    DeviceRam,
+    /// Flash, such as UEFI's variables; in files of its own
+    Romd,
+    /// NVDIMMs; in files of their own, only with --include
+    Nvdimm,
+    /// RAM that lies under something else, such as under the VGA window; in files of its own
+    Hidden,
+}
+
+impl From<PartArg> for acquire::plan::Part {
+    fn from(arg: PartArg) -> Self {
+        match arg {
+            PartArg::Rom => Self::Rom,
+            PartArg::DeviceRam => Self::DeviceRam,
+            PartArg::Romd => Self::Romd,
+            PartArg::Nvdimm => Self::Nvdimm,
+            PartArg::Hidden => Self::Hidden,
         }
     }
 }

@@ -177,6 +177,9 @@ pub struct Manifest {
     pub map: MemoryMap,
     /// The texts that the map was drawn from, and whether it was the same afterwards.
     pub map_check: MapCheck,
+    /// What was done with each region of the map, and with memory that lies under something else.
+    #[serde(default)]
+    pub decisions: Vec<Decided>,
     /// How much memory the guest has, and what moved in it meanwhile; null when QEMU was not asked.
     #[serde(default)]
     pub amount: Option<Amount>,
@@ -686,6 +689,52 @@ pub struct MapCheck {
     pub after: Option<FileRecord>,
     /// Whether the map drawn afterwards equals `map`; null when it was not taken again.
     pub equal: Option<bool>,
+}
+
+/// Where memory went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Taken {
+    /// Into the image.
+    Image,
+    /// The image has zeros in its place: it was left out on request, and is a loss.
+    Excluded,
+    /// Into a file of its own.
+    File,
+    /// It was not read.
+    Nowhere,
+}
+
+/// What was done with a piece of memory, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Decided {
+    /// First guest-physical address.
+    #[serde(with = "hex")]
+    #[schemars(with = "String", regex(pattern = r"^0x(0|[1-9a-f][0-9a-f]{0,15})$"))]
+    pub gpa: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// The region's kind, or `hidden`: it lies under something else.
+    pub kind: String,
+    /// QEMU's name of the MemoryRegion.
+    pub name: String,
+    /// Offset of its first byte in that region, or its RAMBlock.
+    #[serde(with = "hex")]
+    #[schemars(with = "String")]
+    pub offset: u64,
+    /// What answers the guest in its place, by QEMU's name; null when it is not hidden.
+    pub under: Option<String>,
+    /// Where it went.
+    pub taken: Taken,
+    /// Its own file, among the attachments; null without one.
+    pub file: Option<String>,
+    /// Why.
+    pub why: String,
+    /// When its own file was read: not at the image's instant; null without one.
+    pub read: Option<Span>,
+    /// All bytes of its own file are known: where some could not be read the file has zeros.
+    pub known: bool,
 }
 
 /// How much memory the guest has by QEMU's word, before the first read and after the last.
@@ -1484,6 +1533,34 @@ pub(crate) mod tests {
                 after: Some(file(exhibit::MAP_AFTER)),
                 equal: Some(true),
             },
+            decisions: vec![
+                Decided {
+                    gpa: 0,
+                    len: 2 << 20,
+                    kind: "ram".into(),
+                    name: "pc.ram".into(),
+                    offset: 0,
+                    under: None,
+                    taken: Taken::Image,
+                    file: None,
+                    why: "the guest's RAM".into(),
+                    read: None,
+                    known: false,
+                },
+                Decided {
+                    gpa: 0xa_0000,
+                    len: 0x2_0000,
+                    kind: "hidden".into(),
+                    name: "pc.ram".into(),
+                    offset: 0xa_0000,
+                    under: Some("vga-lowmem".into()),
+                    taken: Taken::File,
+                    file: Some("hidden-0xa0000-pc.ram.bin".into()),
+                    why: "the guest does not see it".into(),
+                    read: Some(Span { t0_ns: 3_000_000, t1_ns: 3_100_000 }),
+                    known: true,
+                },
+            ],
             amount: Some(Amount {
                 base_bytes: 2 << 20,
                 plugged_bytes_before: Some(1 << 20),

@@ -25,7 +25,7 @@ use crate::mtree::{Entry, Line, Lines, MtreeError, Object, RangeType, hex16, tak
 use crate::qmp::{Hmp, Qmp, QmpError};
 use evidence::GuestRange;
 use evidence::range::hex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
@@ -115,22 +115,24 @@ pub struct Leaf {
 }
 
 /// Memory that the guest does not see, for something else answers there.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hidden {
     /// First guest-physical address.
-    #[serde(serialize_with = "hex::serialize")]
+    #[serde(with = "hex")]
     pub gpa: u64,
     /// Length in bytes.
     pub len: u64,
     /// The MemoryRegion.
     pub name: String,
+    /// Who owns it, in QEMU's words, as [`evidence::Region::owner`] has it.
+    pub owner: Option<String>,
     /// Offset in it of the first byte.
-    #[serde(serialize_with = "hex::serialize")]
+    #[serde(with = "hex")]
     pub offset: u64,
     /// What answers instead; absent when nothing does.
     pub by: Option<String>,
     /// A guest-physical address at which the guest does see the same bytes, if there is one for all of them.
-    #[serde(serialize_with = "hex::optional")]
+    #[serde(serialize_with = "hex::optional", deserialize_with = "hex::deserialize_optional")]
     pub shown_at: Option<u64>,
 }
 
@@ -408,6 +410,7 @@ impl Graph {
                         gpa: first,
                         len,
                         name: node.name.clone(),
+                        owner: node.owner.as_ref().or(node.parent.as_ref()).map(Object::to_string),
                         offset,
                         by: by.map(|by| by.name.clone()),
                         shown_at: shown_at(its, offset, len),

@@ -9,6 +9,7 @@ mod footprint;
 mod harness;
 mod holds;
 mod kills;
+mod kinds;
 mod libvirt;
 mod live;
 mod managers;
@@ -32,6 +33,7 @@ pub(crate) fn all() -> Vec<Test> {
         harness::TESTS,
         live::TESTS,
         map::TESTS,
+        kinds::TESTS,
         moving::TESTS,
         footprint::TESTS,
         cli::TESTS,

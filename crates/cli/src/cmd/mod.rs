@@ -29,6 +29,8 @@ pub(crate) fn wish(how: &How) -> Wish {
         store: how.store.map(Into::into),
         swap_in: how.swap_in,
         force_output: how.force_output,
+        include: how.include.iter().copied().map(Into::into).collect(),
+        exclude: how.exclude.iter().copied().map(Into::into).collect(),
     }
 }
 

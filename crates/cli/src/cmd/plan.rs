@@ -7,6 +7,7 @@ use crate::output::{self, safe, size, time};
 use ::acquire::look::Probe;
 use ::acquire::plan::Plan;
 use ::acquire::{Request, Surveyed};
+use evidence::manifest::{Decided, Taken};
 
 /// Looks, decides, prints; changes nothing, unless it is to probe.
 pub(crate) fn run(args: &args::Plan) -> Exit {
@@ -109,6 +110,7 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
         format!("rights   {}", plan.rights),
         format!("output   {} as {}", size(plan.output_bytes), plan.format.extension()),
     ];
+    lines.extend(surveyed.decisions.iter().filter_map(beside));
     lines.extend(surveyed.probe.iter().map(probed));
     lines.extend(plan.changes.iter().map(|text| format!("changes  {text}")));
     lines.extend(plan.warnings.iter().map(|text| format!("warning  {text}")));
@@ -121,6 +123,18 @@ fn print(surveyed: &Surveyed, plan: &Plan) {
             break;
         }
     }
+}
+
+/// What is not simply in the image.
+fn beside(decided: &Decided) -> Option<String> {
+    let last = decided.gpa.saturating_add(decided.len.saturating_sub(1));
+    let what = format!("{} {} at {:#x}-{last:#x}", decided.kind, decided.name, decided.gpa);
+    Some(match decided.taken {
+        Taken::Image => return None,
+        Taken::Excluded => format!("left out {what}: zeros in the image, {}", decided.why),
+        Taken::File => format!("beside   {what}, {}: {}", size(decided.len), decided.why),
+        Taken::Nowhere => format!("not      {what}: {}", decided.why),
+    })
 }
 
 /// What the head of QEMU's dump told.
