@@ -11,6 +11,18 @@ pub fn status(pid: u32, field: &str) -> Result<u64> {
     number_in(Path::new(&format!("/proc/{pid}/status")), field)
 }
 
+/// The host's page frame behind an address of a process, by its pagemap.
+pub fn frame(pid: u32, address: u64) -> Result<u64> {
+    let pagemap = fs::File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut entry = [0; 8];
+    pagemap.read_exact_at(&mut entry, address / 4096 * 8)?;
+    let entry = u64::from_le_bytes(entry);
+    match entry >> 63 {
+        1 => Ok(entry & ((1 << 55) - 1)),
+        _ => Err(failed(format_args!("{address:#x} of process {pid} is not in memory"))),
+    }
+}
+
 /// A figure of `/proc/meminfo` in KiB, such as `MemAvailable`.
 pub fn meminfo_kib(field: &str) -> Result<u64> {
     number_in(Path::new("/proc/meminfo"), field)

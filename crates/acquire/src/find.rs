@@ -75,6 +75,8 @@ pub struct Target {
     pub through: Option<LibvirtDomain>,
     /// Managers that could not be asked whether it is theirs, and why.
     pub silent: Vec<String>,
+    /// The map is asked for also where the host sees nothing but ciphertext.
+    pub accept_ciphertext: bool,
 }
 
 impl Target {
@@ -86,6 +88,7 @@ impl Target {
             sockets: self.sockets.clone(),
             accelerator: self.row.accelerator.clone(),
             confidential: self.cmdline.confidential.clone(),
+            accept_ciphertext: self.accept_ciphertext,
             through: self.through.clone(),
             shared: self.row.proxmox.is_some(),
             reach: Vec::new(),
@@ -323,7 +326,8 @@ fn look(pid: u32) -> Result<Option<Target>, host::HostError> {
         libvirt: None,
         proxmox: None,
     };
-    Ok(Some(Target { row, process, argv, cmdline, sockets, through: None, silent: Vec::new() }))
+    let (through, silent, accept_ciphertext) = (None, Vec::new(), false);
+    Ok(Some(Target { row, process, argv, cmdline, sockets, through, silent, accept_ciphertext }))
 }
 
 /// A QEMU that has a KVM virtual machine open runs `kvm`, whatever it was asked for; of several

@@ -208,6 +208,7 @@ pub fn undo(
                         sockets,
                         accelerator,
                         confidential,
+                        accept_ciphertext: false,
                         through,
                         shared,
                         // `recover` needs none, and a guardian has got them.

@@ -1108,7 +1108,10 @@ impl Run {
             registers: self.registers.map(|(registers, _)| registers),
             attachments,
             changes: self.changes,
-            hold_caveats: plan::hold_caveats(&looked.facts, plan.hold),
+            hold_caveats: plan::hold_caveats(&looked.facts, plan.hold)
+                .into_iter()
+                .chain(looked.facts.confidential.as_deref().map(plan::ciphertext))
+                .collect(),
             processes: processes(&self.parting, &[self.readers_rights, self.sealers].concat()),
             workers: cpus(),
             store_bytes: guarded.store_bytes(),

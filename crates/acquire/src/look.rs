@@ -7,7 +7,7 @@ use crate::log::{Log, Notes};
 use crate::map::{self, Located};
 use crate::method::{dump, stream};
 use crate::monitor::{Asked, AskedAgain, Monitor, Told, VmFacts};
-use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, TrackFacts};
+use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, SwapWish, TrackFacts};
 use crate::aside::{self, Aside};
 use crate::{Failure, Request, amount, draft, speed, told};
 use evidence::format::{self, Arch, Format};
@@ -106,9 +106,14 @@ pub fn find(request: &Request, log: &Log) -> Result<Target, Failure> {
         "begin",
         json!({ "tool": "stillframe", "version": env!("CARGO_PKG_VERSION"), "vm": request.vm }),
     );
-    let target = find::one(&request.vm)?;
+    let target = one(request)?;
     log.add("found", &target.row);
     Ok(target)
+}
+
+fn one(request: &Request) -> Result<Target, Failure> {
+    let accept_ciphertext = request.wish.accept_ciphertext;
+    Ok(Target { accept_ciphertext, ..find::one(&request.vm)? })
 }
 
 /// Looks and decides, and leaves it at that. Reads a sample of guest memory to know how long a
@@ -117,7 +122,7 @@ pub fn find(request: &Request, log: &Log) -> Result<Target, Failure> {
 /// # Errors
 /// [`Failure`] when the VM cannot be looked at.
 pub fn survey(request: &Request) -> Result<Surveyed, Failure> {
-    let (target, log) = (find::one(&request.vm)?, Log::begin());
+    let (target, log) = (one(request)?, Log::begin());
     let (looked, probe) = match request.probe {
         false => {
             let whom = target.whom();
@@ -184,7 +189,10 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
     if let Err(why) = &asked.balloon {
         warnings.push(format!("the balloon is not known: {why}"));
     }
-    let (located, memory) = map::locate(view, &target.process)?;
+    let (located, mut memory) = map::locate(view, &target.process)?;
+    if request.wish.swap == SwapWish::Skip {
+        memory.leave_swapped();
+    }
     let blocks = evidence::block::cut(&located.map).map_err(|error| {
         Failure::Refused(Refusal {
             reason: error.to_string(),
@@ -195,6 +203,7 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
     let resident = memory.resident(&blocks)?;
     let qemu = FromQemu {
         vm: &asked.vm,
+        confidential: asked.confidential,
         migration: asked.migration,
         watchdogs: asked.watchdogs,
         snapshots: asked.snapshots.is_some(),
@@ -231,6 +240,7 @@ pub(crate) fn refusal_of(facts: &Facts, request: &Request) -> Refusal {
 /// What of QEMU's answers the decision rests on.
 struct FromQemu<'a> {
     vm: &'a VmFacts,
+    confidential: Option<String>,
     migration: Option<String>,
     watchdogs: Vec<String>,
     snapshots: bool,
@@ -261,7 +271,7 @@ fn facts(
     let snapshot = snapshot_facts(target, located, memory, &usage, &qemu);
     Ok(Facts {
         run_state: qemu.vm.run_state.clone(),
-        confidential: None,
+        confidential: qemu.confidential,
         migration: qemu.migration,
         through_libvirt: target.through.is_some(),
         shared_monitor: target.row.proxmox.is_some(),
@@ -277,12 +287,19 @@ fn facts(
         resident_bytes: usage.iter().map(|u| u.resident).sum(),
         reserve_bytes: resident.iter().map(|block| block.len()).sum(),
         swapped_bytes: usage.iter().map(|u| u.swapped).sum(),
+        swapped_shared_bytes: swapped_shared(memory, &usage),
         available_bytes: host::memory::host_memory()?.available,
         ram_limit_bytes: limit.bytes,
         ram_limit_by: limit.bound.to_string(),
         output,
         format_unfit: unfit(request, qemu.vm, &located.map),
     })
+}
+
+/// Bytes of shared memory in swap.
+fn swapped_shared(memory: &GuestMemory, usage: &[Usage]) -> u64 {
+    let places = memory.places().iter().zip(usage);
+    places.filter(|(held, _)| held.mapping() == Mapping::Shared).map(|(_, usage)| usage.swapped).sum()
 }
 
 /// Whether the VM's threads may be held, and how fast its memory is read.

@@ -49,6 +49,9 @@ pub struct Whom {
     pub accelerator: String,
     /// Why the command line says that memory is hidden, if it does.
     pub confidential: Option<String>,
+    /// The map is asked for all the same.
+    #[serde(default)]
+    pub accept_ciphertext: bool,
     /// libvirt has the monitor, and passes commands on.
     #[serde(default)]
     pub through: Option<LibvirtDomain>,
@@ -240,7 +243,8 @@ impl Monitor {
         let snapshots = of_snapshots.next().map(|one| one.state);
         let block_jobs = self.facts().block_jobs().map_err(query)?;
         let balloon = self.balloon();
-        let view = if confidential.is_none() { Some(self.view()?) } else { None };
+        let asked_for = confidential.is_none() || whom.accept_ciphertext;
+        let view = if asked_for { Some(self.view()?) } else { None };
         let hidden = view.as_ref().map_or_else(|| Err("no map".to_owned()), |view| self.hidden(view));
         let skipped = std::mem::take(&mut self.skipped);
         Ok(Asked {

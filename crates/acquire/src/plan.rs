@@ -61,6 +61,19 @@ const SWAP_PAGE: Duration = Duration::from_micros(200);
 /// The most bytes that QEMU copies at a time: a block. docs/methods.md has what it costs the guest.
 pub const SLICE_AT_MOST: u64 = 1 << 20;
 
+/// What is done with guest memory that the host has swapped out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SwapWish {
+    /// It is read, which brings it back, unless it is much.
+    #[default]
+    Some,
+    /// It is read, however much it is.
+    In,
+    /// It is left where it is: zeros in the image, and a loss.
+    Skip,
+}
+
 /// Memory that may be taken or left by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -114,10 +127,12 @@ pub struct Wish {
     pub format: Format,
     /// The store asked for.
     pub store: Option<StoreKind>,
-    /// Read guest memory that the host has swapped out even when it is much.
-    pub swap_in: bool,
+    /// What is done with guest memory that the host has swapped out.
+    pub swap: SwapWish,
     /// Write to a filesystem that has little room or holds the VM's disks.
     pub force_output: bool,
+    /// Take what the host sees of a confidential guest: ciphertext, or nothing.
+    pub accept_ciphertext: bool,
     /// What is taken that is not taken unasked.
     pub include: Vec<Part>,
     /// What is left out that is taken unasked; wins over `include`.
@@ -149,8 +164,9 @@ impl Default for Wish {
             rounds_unheld: 0,
             format: Format::Elf,
             store: None,
-            swap_in: false,
+            swap: SwapWish::default(),
             force_output: false,
+            accept_ciphertext: false,
             include: Vec::new(),
             exclude: Vec::new(),
         }
@@ -258,6 +274,9 @@ pub struct Facts {
     pub reserve_bytes: u64,
     /// Of the resident bytes, those that the host has swapped out.
     pub swapped_bytes: u64,
+    /// Of these, bytes of shared memory: the kernel does not tell which pages they are.
+    #[serde(default)]
+    pub swapped_shared_bytes: u64,
     /// Bytes of files that lie beside the image: memory that is hidden, flash, NVDIMMs.
     #[serde(default)]
     pub aside_bytes: u64,
@@ -426,8 +445,11 @@ fn output_bytes(facts: &Facts) -> u64 {
 /// # Errors
 /// [`Refusal`] when nothing that was asked for is possible or safe.
 pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
-    refuse_unreadable(facts)?;
+    refuse_unreadable(facts, wish.accept_ciphertext)?;
     refuse_swap(facts, wish)?;
+    let unswapped = (wish.swap == SwapWish::Skip).then(|| left_in_swap(facts));
+    let left_bytes = unswapped.as_ref().map_or(0, |_| facts.swapped_bytes);
+    let facts = unswapped.as_ref().unwrap_or(facts);
     let Choice { method, why, rejected, way } = method(facts, wish)?;
     let Way { hold, tracking, snapshot, slices, dump } = way;
     let registers_ns = registers(facts, wish, method)?;
@@ -466,15 +488,20 @@ pub fn choose(facts: &Facts, wish: &Wish) -> Result<Plan, Refusal> {
         output_bytes,
         rights: rights(method).to_owned(),
         changes: changes(facts, store, way, registers_ns.is_some()),
-        warnings: warnings(facts, hold, snapshot),
+        warnings: [warnings(facts, hold, snapshot), left_warning(left_bytes)].concat(),
     })
 }
 
-fn refuse_unreadable(facts: &Facts) -> Result<(), Refusal> {
-    if let Some(what) = &facts.confidential {
+fn refuse_unreadable(facts: &Facts, accept_ciphertext: bool) -> Result<(), Refusal> {
+    if let Some(what) = &facts.confidential
+        && !accept_ciphertext
+    {
         return Err(Refusal::new(
             format!("confidential guest ({what}): the host sees only ciphertext or nothing"),
-            &["take the memory from inside the guest, or from a guest without that protection"],
+            &[
+                "take the memory from inside the guest, or from a guest without that protection",
+                "--accept-ciphertext takes what the host sees",
+            ],
         ));
     }
     if facts.run_state == "inmigrate" || facts.run_state == "postmigrate" {
@@ -505,16 +532,51 @@ fn refuse_unreadable(facts: &Facts) -> Result<(), Refusal> {
 }
 
 fn refuse_swap(facts: &Facts, wish: &Wish) -> Result<(), Refusal> {
-    if facts.swapped_bytes > facts.available_bytes / 2 && !wish.swap_in {
-        return Err(Refusal::new(
+    match wish.swap {
+        SwapWish::Some if facts.swapped_bytes > facts.available_bytes / 2 => Err(Refusal::new(
             format!(
                 "{} bytes of the guest are swapped out; reading brings them back, and the host has only {} bytes available",
                 facts.swapped_bytes, facts.available_bytes
             ),
+            &["--swap-in", "--swap skip leaves them out of the image"],
+        )),
+        SwapWish::Skip if facts.swapped_shared_bytes > 0 => Err(Refusal::new(
+            format!(
+                "{} bytes of the guest's shared memory are swapped out, and the kernel does not tell which pages \
+                 they are: they cannot be left there",
+                facts.swapped_shared_bytes
+            ),
             &["--swap-in"],
-        ));
+        )),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// What the operator should know of memory that is left in swap.
+fn left_warning(bytes: u64) -> Vec<String> {
+    let text = || {
+        format!("{bytes} bytes of the guest are in the host's swap and are left there: zeros in the image, and a loss")
+    };
+    (bytes > 0).then(text).into_iter().collect()
+}
+
+/// The facts without what is left in swap.
+fn left_in_swap(facts: &Facts) -> Facts {
+    let resident_bytes = facts.resident_bytes.saturating_sub(facts.swapped_bytes);
+    Facts { resident_bytes, swapped_bytes: 0, ..facts.clone() }
+}
+
+/// Whether the method can leave in swap what is there.
+fn refuse_skip(wish: &Wish, method: Method) -> Result<(), Refusal> {
+    if wish.swap != SwapWish::Skip || matches!(method, Method::Live | Method::Freeze) {
+        return Ok(());
+    }
+    let why = match method {
+        Method::Track => "follows pages that may come back from swap at any time",
+        _ => "has QEMU read all of the guest's memory",
+    };
+    let reason = format!("{} {why}: --swap skip is not possible with it", method.word());
+    Err(Refusal::new(reason, &["--method freeze", "--method live", "--swap in"]))
 }
 
 /// A method that was taken.
@@ -555,6 +617,11 @@ fn method(facts: &Facts, wish: &Wish) -> Result<Choice, Refusal> {
 /// How the guest is held and followed by `method`, when `margin` times what is expected is allowed.
 fn way(facts: &Facts, wish: &Wish, method: Method, margin: u32) -> Result<Way, Refusal> {
     let mut way = Way::default();
+    refuse_skip(wish, method)?;
+    if facts.confidential.is_some() && !matches!(method, Method::Live | Method::Freeze) {
+        let reason = format!("{} is not tried on a confidential guest", method.word());
+        return Err(Refusal::new(reason, &["--method live", "--method freeze"]));
+    }
     if !matches!(method, Method::Dump | Method::Pmemsave) {
         refuse_unseen(facts, method)?;
     }
@@ -693,7 +760,7 @@ const DUMP_OF_DOMAIN: &str =
 
 /// Whether the VM may be stopped for the head of QEMU's dump.
 pub(crate) fn can_probe(facts: &Facts) -> Result<(), Refusal> {
-    refuse_unreadable(facts)?;
+    refuse_unreadable(facts, false)?;
     can_dump(facts)
 }
 
@@ -1266,6 +1333,14 @@ fn changes(facts: &Facts, store: StoreKind, way: Way, registers: bool) -> Vec<St
     changes
 }
 
+/// What an image of a confidential guest is.
+pub fn ciphertext(what: &str) -> String {
+    format!(
+        "confidential guest ({what}): the image has what the host sees, which is ciphertext, or nothing, but for \
+         pages that the guest shares"
+    )
+}
+
 /// What may weaken the claim of one instant.
 pub fn hold_caveats(facts: &Facts, hold: Option<PlannedHold>) -> Vec<String> {
     let Some(hold) = hold else { return Vec::new() };
@@ -1307,6 +1382,9 @@ fn warnings(
     }
     if snapshot.is_some() && facts.swapped_bytes > 0 {
         warnings.push(SWAPPED_SNAPSHOT.to_owned());
+    }
+    if let Some(what) = &facts.confidential {
+        warnings.push(ciphertext(what));
     }
     if facts.run_state != "running" {
         warnings.push(format!("the VM's run state is {:?}; it is left so", facts.run_state));
@@ -1688,7 +1766,7 @@ mod tests {
         refused(&Facts { image_bytes: 0, ..facts() }, &live(), "no memory");
         let swapped = Facts { swapped_bytes: (8 << 30) + 1, ..facts() };
         refused(&swapped, &live(), "swapped");
-        assert!(choose(&swapped, &Wish { swap_in: true, ..live() }).is_ok());
+        assert!(choose(&swapped, &Wish { swap: SwapWish::In, ..live() }).is_ok());
     }
 
     #[test]

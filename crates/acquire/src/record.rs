@@ -293,7 +293,8 @@ impl Story<'_> {
             "hold": wish.hold,
             "planned_hold": self.plan.hold,
             "stall_budget_ms": u64::try_from(wish.stall_budget.as_millis()).unwrap_or(u64::MAX),
-            "swap_in": wish.swap_in,
+            "swap": wish.swap,
+            "accept_ciphertext": wish.accept_ciphertext,
             "force_output": wish.force_output,
             "why": self.plan.why,
             "store_why": self.plan.store_why,
@@ -364,11 +365,24 @@ impl Story<'_> {
                 kind,
                 reason: match kind {
                     LossKind::NotReached => not_reached.clone(),
-                    LossKind::Excluded => "left out on request: --exclude".to_owned(),
+                    LossKind::Excluded => self.left_out(range).to_owned(),
                     _ => reason.clone(),
                 },
             })
             .collect()
+    }
+
+    /// Why a range was left out on request.
+    fn left_out(&self, range: GuestRange) -> &'static str {
+        let mut excluded =
+            self.decisions.iter().filter(|one| one.taken == manifest::Taken::Excluded);
+        let is = |one: &manifest::Decided| {
+            GuestRange::new(one.gpa, one.len).is_some_and(|region| region.covers(range))
+        };
+        match excluded.any(is) {
+            true => "left out on request: --exclude",
+            false => "in the host's swap, and left there on request: --swap skip",
+        }
     }
 
     fn footprint(&self) -> Footprint {

@@ -143,9 +143,15 @@ pub(crate) struct How {
     /// have files of their own
     #[arg(long, value_enum, value_delimiter = ',', value_name = "KIND")]
     pub(crate) exclude: Vec<PartArg>,
-    /// Read guest memory that the host has swapped out, even when it is much
-    #[arg(long)]
+    /// Read guest memory that the host has swapped out, even when it is much: --swap in
+    #[arg(long, conflicts_with = "swap")]
     pub(crate) swap_in: bool,
+    /// What is done with guest memory that the host has swapped out; default: read, unless it is much
+    #[arg(long, value_enum, value_name = "in|skip")]
+    pub(crate) swap: Option<SwapArg>,
+    /// Take what the host sees of a confidential guest (SEV, TDX ..): ciphertext, or nothing; live and freeze
+    #[arg(long)]
+    pub(crate) accept_ciphertext: bool,
     /// Write where there is little room, or beside the VM's own disks
     #[arg(long)]
     pub(crate) force_output: bool,
@@ -237,6 +243,24 @@ impl From<MethodArg> for acquire::plan::Method {
             MethodArg::Live => Self::Live,
             MethodArg::Dump => Self::Dump,
             MethodArg::Pmemsave => Self::Pmemsave,
+        }
+    }
+}
+
+/// What is done with memory in swap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SwapArg {
+    /// Read it, which brings it back
+    In,
+    /// Leave it there: zeros in the image, and a loss; live and freeze
+    Skip,
+}
+
+impl From<SwapArg> for acquire::plan::SwapWish {
+    fn from(arg: SwapArg) -> Self {
+        match arg {
+            SwapArg::In => Self::In,
+            SwapArg::Skip => Self::Skip,
         }
     }
 }

@@ -186,6 +186,8 @@ pub struct GuestMemory {
     unseen: Vec<GuestRange>,
     /// Ascending in guest-physical space, disjoint.
     held: Vec<Held>,
+    /// Pages in the host's swap are not read.
+    leaves_swapped: bool,
     faults: Mutex<Faults>,
 }
 
@@ -211,7 +213,8 @@ impl GuestMemory {
             .map(|(place, smap)| choose(&process, place, smap, &mut files))
             .collect::<Result<_, _>>()?;
         let way = Some((pagemap, mem));
-        let memory = Self { process, way, unseen: Vec::new(), held, faults: Mutex::default() };
+        let (unseen, faults) = (Vec::new(), Mutex::default());
+        let memory = Self { process, way, unseen, held, leaves_swapped: false, faults };
         memory.begin_pass()?;
         Ok(memory)
     }
@@ -224,7 +227,13 @@ impl GuestMemory {
     pub fn unseen(process: &Process, ranges: Vec<GuestRange>) -> Result<Self, HostError> {
         let process = process.try_clone().map_err(|e| HostError::file("a pidfd", e))?;
         let (held, faults) = (Vec::new(), Mutex::default());
-        Ok(Self { process, way: None, unseen: ranges, held, faults })
+        Ok(Self { process, way: None, unseen: ranges, held, leaves_swapped: false, faults })
+    }
+
+    /// From now on pages that are in the host's swap are not read, which would bring them back: they are
+    /// [`PageState::Excluded`]. Of shared memory the kernel does not tell which pages those are, and all are read.
+    pub fn leave_swapped(&mut self) {
+        self.leaves_swapped = true;
     }
 
     /// Whether the process may be looked at.
@@ -504,6 +513,7 @@ impl GuestMemory {
         for (way, entry) in ways.iter_mut().zip(&*entries) {
             *way = match held.mapping {
                 Mapping::SharedHugetlb => Way::File,
+                _ if self.leaves_swapped && entry.swapped() => Way::Left,
                 _ if entry.kept() => Way::Process,
                 Mapping::PrivateFile | Mapping::PrivateHugetlb => Way::File,
                 Mapping::Anonymous | Mapping::Shared => Way::Hole,
@@ -538,6 +548,11 @@ impl GuestMemory {
         let read = match (way, &held.backing) {
             (Way::Hole, _) => {
                 states.fill(PageState::Hole);
+                Ok(())
+            }
+            (Way::Left, _) => {
+                states.fill(PageState::Excluded);
+                buf.fill(0);
                 Ok(())
             }
             (Way::Process, _) if merged => self.copy(at, buf, states, |done, buf| {
@@ -674,6 +689,8 @@ enum Way {
     File,
     /// Not at all: the file ends before it.
     Beyond,
+    /// Not at all: it is in swap, and is left there.
+    Left,
 }
 
 /// The runs of equal neighbours.

@@ -1,16 +1,20 @@
 //! All memory and only memory: what lies under something else, flash, NVDIMMs, and what is left out on request.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use lab::{Backing, Doing, Guest, Lab, Machine, Result, failed, here};
-use serde_json::Value;
+use lab::{Backing, Doing, Guest, Lab, Machine, Result, failed, here, outer, proc};
+use serde_json::{Value, json};
 
 use super::exhibit::{Exhibit, acquire, acquire_at_best};
+use super::live::numbered_frames;
 use super::run::verify;
 
 pub(crate) const TESTS: &[lab::runner::Test] =
     here![what_is_hidden_has_a_file, flash_and_nvdimms_have_files, what_is_left_out_is_a_loss];
+
+pub(crate) const OUTER: &[lab::runner::Test] =
+    outer![what_is_in_swap_is_left_there_or_read, a_poisoned_page_is_named];
 
 const MIB: u64 = 1 << 20;
 
@@ -162,4 +166,104 @@ fn vga(guest: &mut Guest) -> Result<u64> {
     let view = guest.flat_view()?;
     let display = view.iter().find(|range| range.name == "vga.vram" && range.len == 16 * MIB);
     Ok(display.ok_or_else(|| failed(format_args!("no display in {view:?}")))?.gpa)
+}
+
+/// A control group whose memory the host can be told to swap out.
+struct Reclaimed(PathBuf);
+
+impl Reclaimed {
+    fn of(guest: &Guest) -> Result<Self> {
+        lab::outer::swap_on(256)?;
+        let root = Path::new("/sys/fs/cgroup");
+        fs::write(root.join("cgroup.subtree_control"), "+memory").doing("+memory")?;
+        let group = root.join("reclaimed");
+        fs::create_dir(&group).doing("the group")?;
+        fs::write(group.join("cgroup.procs"), guest.pid().to_string()).doing("cgroup.procs")?;
+        Ok(Self(group))
+    }
+
+    /// Swaps out what can be had of so many MiB.
+    fn swap_out(&self, mib: u64) {
+        for _ in 0..mib {
+            // EAGAIN: so much was not to be had.
+            let _ = fs::write(self.0.join("memory.reclaim"), "1M");
+        }
+    }
+}
+
+impl Drop for Reclaimed {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+        let _ = lab::outer::swap_off();
+    }
+}
+
+fn swapped(guest: &Guest) -> Result<u64> {
+    Ok(proc::status(guest.pid(), "VmSwap")? << 10)
+}
+
+/// Left there: nothing comes back, zeros and a loss in the record. Read: all of it is in the image, and what came
+/// back is in the record.
+fn what_is_in_swap_is_left_there_or_read(lab: &Lab) -> Result<()> {
+    let mut guest = lab.guest().memory_mib(128).boot()?;
+    let planted = guest.plant_frames(24, 5)?;
+    guest.stop()?;
+    let host = Reclaimed::of(&guest)?;
+    host.swap_out(64);
+    let before = swapped(&guest)?;
+    assert!(before > 16 * MIB, "void: {before} bytes in swap");
+    let plan = lab.tool(["plan", "--method", "live", "--json", &guest.pid().to_string()])?;
+    let plan: Value = serde_json::from_str(&plan.expect_code(0)?.stdout)?;
+    let counted = plan["facts"]["swapped_bytes"].as_u64().unwrap_or_default();
+    assert!(counted > before / 2 && counted <= before, "{counted} of {before} bytes in swap are told");
+    for method in ["live", "freeze"] {
+        let flags = ["--swap", "skip", "--stall-budget", "950ms"];
+        let exhibit = acquire_at_best(lab, &guest, method, &flags, &[3])?;
+        let left = exhibit.manifest["states"]["excluded"].as_u64().unwrap_or_default();
+        let losses = exhibit.manifest["losses"].to_string();
+        assert!(left > counted / 2 && losses.contains("--swap skip"), "{method}: {left} bytes, {losses}");
+        let after = swapped(&guest)?;
+        println!("         {method}: {left} bytes left in swap, of {before} before and {after} after");
+        // The tool's questions to QEMU may bring back some of QEMU's own.
+        assert!(after + MIB >= before, "{method}: {before} bytes in swap before, {after} after");
+        assert_eq!(verify(lab, &exhibit.dir)?, Some(3));
+        exhibit.remove()?;
+    }
+    for method in ["track", "snapshot", "dump", "pmemsave"] {
+        let vm = guest.pid().to_string();
+        let refused = lab.tool(["plan", "--method", method, "--swap", "skip", &vm])?.expect_code(4)?;
+        assert!(refused.stderr.contains("--swap skip is not possible"), "{}", refused.stderr);
+    }
+    let exhibit = acquire(lab, &guest, "live", &[])?;
+    let found = numbered_frames(&mut guest, &exhibit.image()?, 5)?;
+    assert_eq!(u64::try_from(found.len())?, planted);
+    let changes = exhibit.manifest["changes_made"].to_string();
+    assert!(changes.contains("came back from swap"), "{changes}");
+    drop(host);
+    guest.cont()?;
+    guest.finish()
+}
+
+/// A page whose memory the host has given up is a loss, with address and error; the rest is in the image.
+fn a_poisoned_page_is_named(lab: &Lab) -> Result<()> {
+    let mut guest = lab.guest().memory_mib(128).boot()?;
+    let planted = guest.plant_frames(16, 6)?;
+    let whole = acquire(lab, &guest, "live", &[])?;
+    let frames = numbered_frames(&mut guest, &whole.image()?, 6)?;
+    whole.remove()?;
+    let pfn = *frames.iter().nth(100).ok_or_else(|| failed("no planted page"))?;
+    let frame = proc::frame(guest.pid(), guest.hva(pfn << 12)?)?;
+    fs::write("/sys/devices/system/memory/hard_offline_page", format!("{:#x}", frame << 12))
+        .doing("taking the page from the host")?;
+    let exhibit = acquire_at_best(lab, &guest, "live", &[], &[3])?;
+    let losses = exhibit.manifest["losses"].clone();
+    println!("         {losses}");
+    let loss = &losses[0];
+    assert_eq!((&loss["gpa"], &loss["len"]), (&format!("{:#x}", pfn << 12).into(), &json!(4096)), "{losses}");
+    assert_eq!((&loss["kind"], losses.as_array().map(Vec::len)), (&"unreadable".into(), Some(1)), "{losses}");
+    let found = numbered_frames(&mut guest, &exhibit.image()?, 6)?;
+    assert_eq!(u64::try_from(found.len())?, planted - 1);
+    assert_eq!(verify(lab, &exhibit.dir)?, Some(3));
+    exhibit.remove()?;
+    guest.finish()
 }

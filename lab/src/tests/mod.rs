@@ -63,6 +63,7 @@ pub(crate) fn all() -> Vec<Test> {
         track::OUTER,
         track::MEANWHILE,
         moving::OUTER,
+        kinds::OUTER,
         snapshot::OUTER,
         tearbench::OUTER,
         disk::OUTER,

@@ -12,7 +12,7 @@ use crate::args::How;
 use crate::exit::Exit;
 use crate::output;
 use ::acquire::find::FindError;
-use ::acquire::plan::{Refusal, TAINT, Wish};
+use ::acquire::plan::{Refusal, SwapWish, TAINT, Wish};
 
 /// The wish that the shared flags express.
 pub(crate) fn wish(how: &How) -> Wish {
@@ -27,7 +27,12 @@ pub(crate) fn wish(how: &How) -> Wish {
         rounds_unheld: 0,
         format: how.format.into(),
         store: how.store.map(Into::into),
-        swap_in: how.swap_in,
+        swap: match how.swap {
+            Some(swap) => swap.into(),
+            None if how.swap_in => SwapWish::In,
+            None => SwapWish::default(),
+        },
+        accept_ciphertext: how.accept_ciphertext,
         force_output: how.force_output,
         include: how.include.iter().copied().map(Into::into).collect(),
         exclude: how.exclude.iter().copied().map(Into::into).collect(),
