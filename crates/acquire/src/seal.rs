@@ -13,7 +13,8 @@ use crate::method::process::{bit, page_runs, page_spans};
 use crate::seal::table::{Entry, Table};
 use crate::stop::Stop;
 use evidence::Block;
-use evidence::digest::{Digest, Hasher, HashingWriter, MemoryRoot, other_bytes_sha256, sha256};
+use evidence::block::BLOCK_LEN;
+use evidence::digest::{Digest, Hasher, HashingWriter, MemoryRoot, other_bytes_sha256, sha256, sha256_of_zeros};
 use evidence::exhibit;
 use evidence::format::Layout;
 use evidence::manifest::Manifest;
@@ -24,6 +25,7 @@ use host::exhibit_dir::ExhibitError;
 use host::{DiskStore, Store};
 use std::io::{self, Write};
 use std::ops::Range;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// Why sealing failed. The guest is not involved any more.
@@ -121,6 +123,17 @@ pub fn blocks(
     copy::each(slots, setting, scratches, |slot, scratch| {
         let mut entry = table.get(slot.number).map_err(SealError::Table)?;
         let (bytes, _, _) = scratch.parts(entry.block);
+        let empty = !entry.states.iter().any(|state| state.has_bytes());
+        // In place there may be what a process left that was ended before it could say so.
+        let strays = matches!(image, Image::InPlace(file) if file.may_have_data(entry.block));
+        if empty && !strays {
+            // Nothing of it is looked at, so that a guest costs what it has and not what it could have.
+            entry.digest = digest_of_zeros(entry.block.len());
+            write(&entry, &[], &[], image)
+                .map_err(|cause| SealError::Image { at: entry.block, cause })?;
+            entry.sealed = true;
+            return table.put(slot.number, &entry).map_err(SealError::Table);
+        }
         if get(entry.block, bytes).is_err() {
             // What the store does not give back is lost, and the rest is not.
             bytes.fill(0);
@@ -134,6 +147,15 @@ pub fn blocks(
         entry.sealed = true;
         table.put(slot.number, &entry).map_err(SealError::Table)
     })
+}
+
+/// The digest of a block of zeros: nearly all have one length.
+fn digest_of_zeros(len: u64) -> Digest {
+    static WHOLE: LazyLock<Digest> = LazyLock::new(|| sha256_of_zeros(BLOCK_LEN));
+    match len {
+        BLOCK_LEN => *WHOLE,
+        _ => sha256_of_zeros(len),
+    }
 }
 
 /// Empties pages that hold bytes though they are said to have none, and gives back where they were: a
@@ -192,7 +214,7 @@ fn write(
         }
     }
     // Space was set aside for the whole block; what holds no data is given back.
-    for hole in between(&data, bytes.len()) {
+    for hole in between(&data, evidence::block::index(entry.block.len())) {
         if let Some(at) = at(&hole) {
             file.release(at)?;
         }

@@ -8,7 +8,7 @@ use crate::fs::{free_beside, is_in_memory};
 use crate::store::{Store, StoreError, length_of, offset_of};
 use evidence::{GuestRange, Segments};
 use nix::libc;
-use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -207,6 +207,18 @@ impl DiskStore {
         match rustix::fs::fallocate(&self.file, flags, offset, range.len()) {
             Err(Errno::INTR | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             result => Ok(result?),
+        }
+    }
+
+    /// Whether the file may have anything but zeros for `range`: space that was set aside and not written to has
+    /// not, by SEEK_DATA.
+    pub fn may_have_data(&self, range: GuestRange) -> bool {
+        let Ok(offset) = length_of(range).and_then(|len| offset_of(&self.segments, range, len)) else {
+            return true;
+        };
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => data < offset.saturating_add(range.len()),
+            Err(error) => error != Errno::NXIO,
         }
     }
 

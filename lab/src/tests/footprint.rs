@@ -12,11 +12,13 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use rustix::thread::disable_transparent_huge_pages;
 
 use super::exhibit::{STORES, take};
+use super::run::{self, Running, new_dir};
 
 pub(crate) const TESTS: &[lab::runner::Test] = here![
     an_untouched_memfd_guest_stays_untouched,
     an_untouched_anonymous_guest_stays_untouched,
     merged_pages_stay_merged,
+    a_guest_costs_what_it_has,
 ];
 
 pub(crate) const OUTER: &[lab::runner::Test] = outer![merged_pages_stay_merged_on_a_kvm_host];
@@ -143,6 +145,69 @@ fn an_untouched_anonymous_guest_stays_untouched(lab: &Lab) -> Result<()> {
     let control = Held::of(&guest)?;
     assert!(control.page_tables > before.page_tables + (512 << 10), "{before:?} {control:?}");
     guest.finish()
+}
+
+/// What an image cost: the least time, the most memory, the disk space of the exhibit.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    took: Duration,
+    memory: u64,
+    disk: u64,
+}
+
+impl Cost {
+    /// The least time of some runs, so that a busy moment does not count.
+    fn of(lab: &Lab, guest: &Guest, store: &str) -> Result<Self> {
+        let mut all = Vec::new();
+        for _ in 0..5 {
+            let out = new_dir(lab, "cost")?;
+            let flags = ["--store", store, "--file-digest", "no"];
+            let run = Running::start(run::acquire(lab, &guest.pid().to_string(), &out, &flags)?)?;
+            let ended = run.end()?.expect(0)?;
+            let (dir, _) = ended.exhibit()?;
+            let mut disk = 0;
+            for file in fs::read_dir(dir)?.flatten() {
+                disk += file.metadata()?.blocks() * 512;
+            }
+            all.push(Self { took: ended.took, memory: ended.peak_kib * 1024, disk });
+            fs::remove_dir_all(out)?;
+        }
+        let took = all.iter().map(|cost| cost.took).min();
+        let most = |what: fn(&Cost) -> u64| all.iter().map(what).max().unwrap_or_default();
+        Ok(Self {
+            took: took.unwrap_or_default(),
+            memory: most(|cost| cost.memory),
+            disk: most(|cost| cost.disk),
+        })
+    }
+}
+
+/// Two guests that have touched the same little, of which one could have 32 times as much: time, memory and disk
+/// space are within twice.
+fn a_guest_costs_what_it_has(lab: &Lab) -> Result<()> {
+    let _small = SmallPages::only()?;
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let mut guests = Vec::new();
+        for gib in [0, 16] {
+            let guest = lab.guest().blank().backing(backing).memory_mib((gib << 10).max(512));
+            let mut guest = guest.boot()?;
+            settle(&mut guest)?;
+            guests.push(guest);
+        }
+        for store in STORES {
+            let costs = guests.iter().map(|guest| Cost::of(lab, guest, store));
+            let [small, large] = costs.collect::<Result<Vec<_>>>()?[..] else { continue };
+            println!("         {backing:?}, {store}: 512 MiB {small:?}, 16 GiB {large:?}");
+            let twice = |small: u64, large: u64| large <= 2 * small;
+            assert!(twice(small.memory, large.memory), "{backing:?}, {store}: memory");
+            assert!(twice(small.disk, large.disk), "{backing:?}, {store}: disk space");
+            assert!(large.took <= 2 * small.took, "{backing:?}, {store}: time");
+        }
+        for guest in guests {
+            guest.finish()?;
+        }
+    }
+    Ok(())
 }
 
 /// The host's KSM, turned on for a test and given back as it was: off, and with nothing merged.
