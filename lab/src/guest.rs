@@ -92,6 +92,7 @@ pub struct Builder {
     backing: Backing,
     memory_mib: u64,
     below_4g_mib: Option<u64>,
+    i386: bool,
     cpus: u32,
     name: String,
     uuid: Option<String>,
@@ -113,6 +114,7 @@ impl Builder {
             backing: Backing::Anonymous,
             memory_mib: 256,
             below_4g_mib: None,
+            i386: false,
             cpus: 1,
             name: String::from("lab-guest"),
             uuid: None,
@@ -158,6 +160,12 @@ impl Builder {
     /// Puts the PCI hole at this many MiB, so that RAM beyond lies above 4 GiB (pc, q35).
     pub fn below_4g_mib(mut self, mib: u64) -> Self {
         self.below_4g_mib = Some(mib);
+        self
+    }
+
+    /// A machine of 32 bits: another QEMU.
+    pub fn i386(mut self) -> Self {
+        self.i386 = true;
         self
     }
 
@@ -235,7 +243,10 @@ impl Builder {
     }
 
     fn command(&self, files: &Files) -> Result<Command> {
-        let mut command = self.kit.qemu(self.version);
+        let mut command = match self.i386 {
+            true => self.kit.qemu_i386(self.version),
+            false => self.kit.qemu(self.version),
+        };
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         command.arg("-name").arg(format!("guest={},debug-threads=on", self.name));
         if let Some(uuid) = &self.uuid {

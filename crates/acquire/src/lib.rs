@@ -253,6 +253,8 @@ struct Run {
     decisions: Vec<manifest::Decided>,
     /// Files beside the image.
     files: Vec<FileRecord>,
+    /// What the head of QEMU's dump names, where it was had for the registers: of virtio-mem what is plugged in.
+    dumped: Option<Vec<GuestRange>>,
     /// How much memory the guest has, before and after.
     amount: manifest::Amount,
     /// Names of the events that QEMU told of meanwhile.
@@ -324,6 +326,7 @@ impl Run {
             run_state_after: None,
             decisions: looked.asides.iter().map(|aside| aside.decided.clone()).collect(),
             files: Vec::new(),
+            dumped: None,
             amount: looked.amount.clone(),
             events: Vec::new(),
             disturbances: Vec::new(),
@@ -593,6 +596,8 @@ impl Run {
         let Some(at_most_ns) = plan.registers_ns else { return };
         match stream::dump_head(guardian, Duration::from_nanos(at_most_ns)) {
             Ok(read) => {
+                let memory = read.head.memory.iter();
+                self.dumped = Some(memory.filter_map(|&(at, len)| GuestRange::new(at, len)).collect());
                 let registers = dump::registers_of(&read, log, &looked.located);
                 self.changes.push(record::registers_change(&registers));
                 self.readers_rights.push(read.rights);
@@ -758,6 +763,24 @@ impl Run {
         out
     }
 
+    /// Holes of virtio-mem that QEMU's dump does not name are not plugged in; where nothing was plugged meanwhile.
+    fn discard(&mut self, pluggable: &[GuestRange]) {
+        let still = Some(&self.amount.devices_before) == self.amount.devices_after.as_ref();
+        let Some(dumped) = self.dumped.as_ref().filter(|_| still) else { return };
+        for cell in &mut self.cells {
+            if !pluggable.iter().any(|device| device.intersect(cell.block).is_some()) {
+                continue;
+            }
+            for (page, state) in evidence::state::pages(cell.block).zip(&mut cell.states) {
+                let unplugged = pluggable.iter().any(|device| device.covers(page))
+                    && !dumped.iter().any(|range| range.intersect(page).is_some());
+                if unplugged && *state == PageState::Hole {
+                    *state = PageState::Discarded;
+                }
+            }
+        }
+    }
+
     /// The regions that are left out on request.
     fn excluded(&self) -> Vec<GuestRange> {
         let excluded = self.decisions.iter().filter(|one| one.taken == manifest::Taken::Excluded);
@@ -829,6 +852,7 @@ impl Run {
                 return;
             }
         }
+        self.discard(&looked.located.pluggable());
         log.add("map-again", json!({ "difference": self.map_difference }));
         if let Some(difference) = &self.map_difference {
             tell.event(Event::MapChanged { difference: difference.clone() });

@@ -10,6 +10,7 @@ mod harness;
 mod holds;
 mod kills;
 mod kinds;
+mod layouts;
 mod libvirt;
 mod live;
 mod managers;
@@ -34,6 +35,7 @@ pub(crate) fn all() -> Vec<Test> {
         live::TESTS,
         map::TESTS,
         kinds::TESTS,
+        layouts::TESTS,
         moving::TESTS,
         footprint::TESTS,
         cli::TESTS,

@@ -229,6 +229,27 @@ fn virtio_mem(guest: &mut Guest, n: u32) -> Result<()> {
     guest.qmp("qom-set", size).map(drop)
 }
 
+/// What is not plugged in is `discarded` to whom QEMU tells: in a snapshot's stream, in a dump, and in the head of a dump
+/// that was taken for the registers. To others it is a hole.
+fn assert_unplugged(lab: &Lab, guest: &mut Guest) -> Result<()> {
+    for (method, flags, told) in [
+        ("live", &[][..], false),
+        ("live", &["--registers"], true),
+        ("freeze", &["--registers", "--stall-budget", "900ms"], true),
+        ("snapshot", &["--stall-budget", "2s"], true),
+        ("dump", &["--stall-budget", "20s"], true),
+    ] {
+        let exhibit = acquire(lab, guest, method, flags)?;
+        let states = exhibit.manifest["states"].clone();
+        let discarded = states["discarded"].as_u64().unwrap_or_default();
+        println!("         {method} {flags:?}: {states}");
+        let wanted = if told { 512 * MIB } else { 0 };
+        assert_eq!(discarded, wanted, "{method} {flags:?}: {states}");
+        exhibit.remove()?;
+    }
+    Ok(())
+}
+
 /// The memory devices that the guest has, by their ids.
 fn devices(guest: &mut Guest) -> Result<Vec<(String, u64)>> {
     let said = guest.qmp("query-memory-devices", json!({}))?;
@@ -271,6 +292,9 @@ const DEVICES: [(&str, Step); 2] = [("dimm", dimm), ("virtio-mem", virtio_mem)];
 fn come_and_go(lab: &Lab, methods: &[(&str, &[&str])], repeats: u32) -> Result<()> {
     let mut guest = with_slots(lab)?;
     let planted = guest.plant_frames(PLANTED, RUN)?;
+    if methods.len() > 1 {
+        assert_unplugged(lab, &mut guest)?;
+    }
     for (method, flags) in methods {
         for (name, step) in DEVICES {
             for _ in 0..repeats {
