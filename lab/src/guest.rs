@@ -35,6 +35,8 @@ pub enum Machine {
     Q35,
     /// No PCI, no VGA; RAM beyond 3 GiB lies above 4 GiB.
     Microvm,
+    /// ARM's, of 64 bits; only blank, and only of QEMU 7.2: its RAM begins at 1 GiB.
+    Virt,
 }
 
 /// Where guest RAM lives on the host.
@@ -92,7 +94,7 @@ pub struct Builder {
     backing: Backing,
     memory_mib: u64,
     below_4g_mib: Option<u64>,
-    i386: bool,
+    program: &'static str,
     cpus: u32,
     name: String,
     uuid: Option<String>,
@@ -114,7 +116,7 @@ impl Builder {
             backing: Backing::Anonymous,
             memory_mib: 256,
             below_4g_mib: None,
-            i386: false,
+            program: "qemu-system-x86_64",
             cpus: 1,
             name: String::from("lab-guest"),
             uuid: None,
@@ -165,8 +167,14 @@ impl Builder {
 
     /// A machine of 32 bits: another QEMU.
     pub fn i386(mut self) -> Self {
-        self.i386 = true;
+        self.program = "qemu-system-i386";
         self
+    }
+
+    /// A machine of ARM's: another QEMU.
+    pub fn arm(mut self) -> Self {
+        self.program = "qemu-system-aarch64";
+        self.version(Version::V7_2).machine(Machine::Virt).blank()
     }
 
     /// RAM on both sides of the PCI hole, whatever the machine. A microvm has its hole at 3 GiB,
@@ -174,6 +182,7 @@ impl Builder {
     pub fn both_sides_of_the_hole(self) -> Self {
         match self.machine {
             Machine::Microvm => self.memory_mib(3328),
+            Machine::Virt => self,
             Machine::Pc | Machine::Q35 => {
                 let half = self.memory_mib / 2;
                 self.below_4g_mib(half)
@@ -243,10 +252,7 @@ impl Builder {
     }
 
     fn command(&self, files: &Files) -> Result<Command> {
-        let mut command = match self.i386 {
-            true => self.kit.qemu_i386(self.version),
-            false => self.kit.qemu(self.version),
-        };
+        let mut command = self.kit.qemu_called(self.version, self.program);
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         command.arg("-name").arg(format!("guest={},debug-threads=on", self.name));
         if let Some(uuid) = &self.uuid {
@@ -257,8 +263,10 @@ impl Builder {
             Accel::Tcg => command.args(["-accel", "tcg"]),
             Accel::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
         };
-        if self.machine != Machine::Microvm {
-            command.args(["-vga", "std"]);
+        match self.machine {
+            Machine::Pc | Machine::Q35 => drop(command.args(["-vga", "std"])),
+            Machine::Virt => drop(command.args(["-cpu", "cortex-a57"])),
+            Machine::Microvm => {}
         }
         self.memory(&mut command, files)?;
         // The first monitor is the tool's, the second the lab's.
@@ -300,6 +308,7 @@ impl Builder {
             Machine::Pc => "pc",
             Machine::Q35 => "q35",
             Machine::Microvm => "microvm",
+            Machine::Virt => "virt",
         });
         if let Some(mib) = self.below_4g_mib {
             machine.push_str(&format!(",max-ram-below-4g={mib}M"));

@@ -118,16 +118,13 @@ impl Kit {
     /// A command that starts this QEMU with its own firmware and modules, and that dies with the
     /// thread that starts it. The command's PID is QEMU's: `setpriv` replaces itself.
     pub fn qemu(&self, version: Version) -> Command {
-        self.starting(version, &self.qemu_binary(version))
+        self.qemu_called(version, "qemu-system-x86_64")
     }
 
-    /// The same for machines of 32 bits.
-    pub fn qemu_i386(&self, version: Version) -> Command {
-        self.starting(version, &self.qemu_binary(version).with_file_name("qemu-system-i386"))
-    }
-
-    fn starting(&self, version: Version, binary: &Path) -> Command {
+    /// The same for another machine's program, which lies beside.
+    pub fn qemu_called(&self, version: Version, program: &str) -> Command {
         let mut command = Command::new("setpriv");
+        let binary = self.qemu_binary(version).with_file_name(program);
         command.args(["--pdeathsig", "KILL"]).arg(binary);
         if version == Version::V10_0 {
             let usr = self.root.join("qemu-10.0/usr");

@@ -14,8 +14,9 @@ use crate::kit::{self, Kit, Version};
 use crate::{initramfs, outer};
 
 /// Programs that must be on the machine, and the Debian packages that bring them.
-const NEEDED: [(&str, &str); 12] = [
+const NEEDED: [(&str, &str); 13] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
+    ("/usr/bin/qemu-system-aarch64", "qemu-system-arm"),
     ("/bin/busybox", "busybox-static"),
     ("/usr/lib/python3/dist-packages/venv-is-here", "python3-venv"),
     // With binutils, which assemble the ring guest.

@@ -12,7 +12,8 @@ pub(crate) const TESTS: &[lab::runner::Test] =
 
 /// Stopped guests: one root by every method, and three ways to the map that agree (`chart` sees to it).
 fn odd_machines_are_the_same_by_every_method(lab: &Lab) -> Result<()> {
-    let cases: [(&str, fn(Builder) -> Builder); 3] = [
+    let cases: [(&str, fn(Builder) -> Builder); 4] = [
+        ("a board of ARM's", Builder::arm),
         ("a PC of 32 bits", |guest| guest.machine(Machine::Pc).i386()),
         ("little below 4 GiB", |guest| guest.machine(Machine::Q35).below_4g_mib(32)),
         // 64 MiB and half a page: then RAM begins, amid a page, again at 4 GiB.
