@@ -264,10 +264,10 @@ impl Builder {
             Accel::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
         };
         match self.machine {
-            Machine::Pc | Machine::Q35 => drop(command.args(["-vga", "std"])),
-            Machine::Virt => drop(command.args(["-cpu", "cortex-a57"])),
-            Machine::Microvm => {}
-        }
+            Machine::Pc | Machine::Q35 => command.args(["-vga", "std"]),
+            Machine::Virt => command.args(["-cpu", "cortex-a57"]),
+            Machine::Microvm => &mut command,
+        };
         self.memory(&mut command, files)?;
         // The first monitor is the tool's, the second the lab's.
         for socket in [&files.qmp_tool, &files.qmp_lab] {
