@@ -97,7 +97,9 @@ pub(crate) fn why(kind: Kind) -> &'static str {
         Kind::Ram => "the guest's RAM",
         Kind::Rom => "ROM that is plain memory to the host",
         Kind::DeviceRam => "memory of an emulated device",
-        Kind::Romd => "flash: a device model answers the guest's reads, its memory is read from outside",
+        Kind::Romd => {
+            "flash: a device model answers the guest's reads, its memory is read from outside"
+        }
         Kind::Nvdimm => "persistent memory: a file of the host's",
         Kind::RamDevice => "a passed-through device's: to read it is to touch hardware",
     }
@@ -119,7 +121,13 @@ fn region(view: &GuestView, place: &qemu::view::ViewRegion, wish: &Wish) -> Asid
     let wanted = part(region.kind).is_none_or(|part| wish.wants(part));
     let taken = match region.kind {
         Kind::RamDevice => Taken::Nowhere,
-        kind if kind.in_image() => if wanted { Taken::Image } else { Taken::Excluded },
+        kind if kind.in_image() => {
+            if wanted {
+                Taken::Image
+            } else {
+                Taken::Excluded
+            }
+        }
         _ if wanted => Taken::File,
         _ => Taken::Nowhere,
     };
@@ -200,7 +208,8 @@ fn beneath(view: &GuestView, hidden: &Hidden, wish: &Wish) -> Aside {
 /// which it is known therefore that it is memory.
 fn seen_address(view: &GuestView, hidden: &Hidden) -> Result<u64, String> {
     let same = |region: &Region| region.name == hidden.name && region.owner == hidden.owner;
-    let seen = view.regions.iter().filter(|place| same(&place.region) && place.region.kind.in_image());
+    let seen =
+        view.regions.iter().filter(|place| same(&place.region) && place.region.kind.in_image());
     let mut bases: Vec<(u64, usize)> = seen
         .filter_map(|place| {
             Some((place.hva?.checked_sub(place.region.block_offset)?, place.block_index?))

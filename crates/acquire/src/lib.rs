@@ -597,7 +597,8 @@ impl Run {
         match stream::dump_head(guardian, Duration::from_nanos(at_most_ns)) {
             Ok(read) => {
                 let memory = read.head.memory.iter();
-                self.dumped = Some(memory.filter_map(|&(at, len)| GuestRange::new(at, len)).collect());
+                self.dumped =
+                    Some(memory.filter_map(|&(at, len)| GuestRange::new(at, len)).collect());
                 let registers = dump::registers_of(&read, log, &looked.located);
                 self.changes.push(record::registers_change(&registers));
                 self.readers_rights.push(read.rights);

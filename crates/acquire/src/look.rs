@@ -1,5 +1,6 @@
 //! Find and map: everything that is known before anything is decided. Changes nothing.
 
+use crate::aside::{self, Aside};
 use crate::event::{Event, Observer};
 use crate::find::{self, Row, Target};
 use crate::guardian::Guardian;
@@ -7,8 +8,9 @@ use crate::log::{Log, Notes};
 use crate::map::{self, Located};
 use crate::method::{dump, stream};
 use crate::monitor::{Asked, AskedAgain, Monitor, Told, VmFacts};
-use crate::plan::{self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, SwapWish, TrackFacts};
-use crate::aside::{self, Aside};
+use crate::plan::{
+    self, Facts, HoldFacts, OutputFacts, Plan, Refusal, SnapshotFacts, SwapWish, TrackFacts,
+};
 use crate::{Failure, Request, amount, draft, speed, told};
 use evidence::format::{self, Arch, Format};
 use evidence::manifest;
@@ -288,6 +290,8 @@ fn facts(
         reserve_bytes: resident.iter().map(|block| block.len()).sum(),
         swapped_bytes: usage.iter().map(|u| u.swapped).sum(),
         swapped_shared_bytes: swapped_shared(memory, &usage),
+        // Known to the caller.
+        aside_bytes: 0,
         available_bytes: host::memory::host_memory()?.available,
         ram_limit_bytes: limit.bytes,
         ram_limit_by: limit.bound.to_string(),
@@ -299,7 +303,10 @@ fn facts(
 /// Bytes of shared memory in swap.
 fn swapped_shared(memory: &GuestMemory, usage: &[Usage]) -> u64 {
     let places = memory.places().iter().zip(usage);
-    places.filter(|(held, _)| held.mapping() == Mapping::Shared).map(|(_, usage)| usage.swapped).sum()
+    places
+        .filter(|(held, _)| held.mapping() == Mapping::Shared)
+        .map(|(_, usage)| usage.swapped)
+        .sum()
 }
 
 /// Whether the VM's threads may be held, and how fast its memory is read.

@@ -245,7 +245,8 @@ impl Monitor {
         let balloon = self.balloon();
         let asked_for = confidential.is_none() || whom.accept_ciphertext;
         let view = if asked_for { Some(self.view()?) } else { None };
-        let hidden = view.as_ref().map_or_else(|| Err("no map".to_owned()), |view| self.hidden(view));
+        let hidden =
+            view.as_ref().map_or_else(|| Err("no map".to_owned()), |view| self.hidden(view));
         let skipped = std::mem::take(&mut self.skipped);
         Ok(Asked {
             vm,

@@ -555,7 +555,9 @@ fn refuse_swap(facts: &Facts, wish: &Wish) -> Result<(), Refusal> {
 /// What the operator should know of memory that is left in swap.
 fn left_warning(bytes: u64) -> Vec<String> {
     let text = || {
-        format!("{bytes} bytes of the guest are in the host's swap and are left there: zeros in the image, and a loss")
+        format!(
+            "{bytes} bytes of the guest are in the host's swap and are left there: zeros in the image, and a loss"
+        )
     };
     (bytes > 0).then(text).into_iter().collect()
 }
@@ -1424,6 +1426,8 @@ mod tests {
             resident_bytes: 3 << 30,
             reserve_bytes: 3 << 30,
             swapped_bytes: 0,
+            swapped_shared_bytes: 0,
+            aside_bytes: 0,
             available_bytes: 16 << 30,
             ram_limit_bytes: 8 << 30,
             ram_limit_by: "half of MemAvailable".into(),
@@ -1767,6 +1771,28 @@ mod tests {
         let swapped = Facts { swapped_bytes: (8 << 30) + 1, ..facts() };
         refused(&swapped, &live(), "swapped");
         assert!(choose(&swapped, &Wish { swap: SwapWish::In, ..live() }).is_ok());
+        let skip = Wish { swap: SwapWish::Skip, ..live() };
+        let plan = choose(&swapped, &skip).unwrap();
+        assert!(
+            plan.warnings.iter().any(|text| text.contains("left there")),
+            "{:?}",
+            plan.warnings
+        );
+        assert!(!plan.changes.iter().any(|text| text.contains("come back from swap")));
+        let track = Wish { method: Some(Method::Track), ..skip.clone() };
+        refused(&swapped, &track, "--swap skip is not possible");
+        let shared = Facts { swapped_shared_bytes: 1, ..swapped };
+        refused(&shared, &skip, "the kernel does not tell which");
+        let hidden = Facts { confidential: Some("SEV".into()), ..facts() };
+        let accept = Wish { accept_ciphertext: true, ..live() };
+        let plan = choose(&hidden, &accept).unwrap();
+        assert!(
+            plan.warnings.iter().any(|text| text.contains("ciphertext")),
+            "{:?}",
+            plan.warnings
+        );
+        let dump = Wish { method: Some(Method::Dump), ..accept };
+        refused(&hidden, &dump, "not tried on a confidential guest");
     }
 
     #[test]

@@ -14,7 +14,9 @@ use crate::seal::table::{Entry, Table};
 use crate::stop::Stop;
 use evidence::Block;
 use evidence::block::BLOCK_LEN;
-use evidence::digest::{Digest, Hasher, HashingWriter, MemoryRoot, other_bytes_sha256, sha256, sha256_of_zeros};
+use evidence::digest::{
+    Digest, Hasher, HashingWriter, MemoryRoot, other_bytes_sha256, sha256, sha256_of_zeros,
+};
 use evidence::exhibit;
 use evidence::format::Layout;
 use evidence::manifest::Manifest;

@@ -213,7 +213,8 @@ impl DiskStore {
     /// Whether the file may have anything but zeros for `range`: space that was set aside and not written to has
     /// not, by SEEK_DATA.
     pub fn may_have_data(&self, range: GuestRange) -> bool {
-        let Ok(offset) = length_of(range).and_then(|len| offset_of(&self.segments, range, len)) else {
+        let Ok(offset) = length_of(range).and_then(|len| offset_of(&self.segments, range, len))
+        else {
             return true;
         };
         match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {

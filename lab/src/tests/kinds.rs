@@ -19,7 +19,11 @@ pub(crate) const OUTER: &[lab::runner::Test] =
 const MIB: u64 = 1 << 20;
 
 /// What the record says was done with memory of this kind; with the names that `fits`.
-fn decided<'a>(exhibit: &'a Exhibit, kind: &str, fits: impl Fn(&Value) -> bool) -> Result<&'a Value> {
+fn decided<'a>(
+    exhibit: &'a Exhibit,
+    kind: &str,
+    fits: impl Fn(&Value) -> bool,
+) -> Result<&'a Value> {
     let all = exhibit.manifest["decisions"].as_array().map_or(&[][..], Vec::as_slice);
     let found = all.iter().find(|one| one["kind"] == kind && fits(one));
     found.ok_or_else(|| failed(format_args!("no {kind} among {:?}", exhibit.manifest["decisions"])))
@@ -46,11 +50,15 @@ fn sound(lab: &Lab, exhibit: &Exhibit) -> Result<()> {
 fn what_is_hidden_has_a_file(lab: &Lab) -> Result<()> {
     for (machine, backing) in [(Machine::Q35, Backing::Memfd), (Machine::Pc, Backing::Anonymous)] {
         let mut guest = lab.guest().machine(machine).backing(backing).memory_mib(128).boot()?;
-        for (method, flags) in
-            [("live", &[][..]), ("freeze", &["--stall-budget", "900ms"]), ("snapshot", &["--stall-budget", "2s"])]
-        {
+        for (method, flags) in [
+            ("live", &[][..]),
+            ("freeze", &["--stall-budget", "900ms"]),
+            ("snapshot", &["--stall-budget", "2s"]),
+        ] {
             let exhibit = acquire(lab, &guest, method, flags).doing(method)?;
-            let vga = decided(&exhibit, "hidden", |one| one["gpa"] == "0xa0000" && one["taken"] == "file")?;
+            let vga = decided(&exhibit, "hidden", |one| {
+                one["gpa"] == "0xa0000" && one["taken"] == "file"
+            })?;
             let found = bytes(&exhibit, vga)?;
             assert_eq!(found.len(), 0x2_0000);
             // The lab's own way: the same RAM is linear in the process.
@@ -94,14 +102,15 @@ fn flash_and_nvdimms_have_files(lab: &Lab) -> Result<()> {
     let backend = format!("memory-backend-file,id=n0,share=on,size=64M,mem-path={nvdimm}");
     // It never runs: its firmware are numbers.
     let guest = lab.guest().machine(Machine::Q35).memory_mib(128).blank().paused();
-    let mut guest = guest
+    let guest = guest
         .args(&["-machine", "nvdimm=on", "-m", "128M,slots=2,maxmem=1G"])
         .args(&["-drive", &flash(&code, 0), "-drive", &flash(&variables, 1)])
         .args(&["-object", &backend, "-device", "nvdimm,id=nv,memdev=n0"])
         .boot()?;
     for flags in [&[][..], &["--include", "nvdimm", "--exclude", "hidden"]] {
         let exhibit = acquire(lab, &guest, "live", flags)?;
-        for (name, wanted) in [("system.flash0", &code_bytes), ("system.flash1", &variables_bytes)] {
+        for (name, wanted) in [("system.flash0", &code_bytes), ("system.flash1", &variables_bytes)]
+        {
             let whole = |one: &Value| one["name"] == name && one["len"] == wanted.len();
             let flash = decided(&exhibit, "romd", whole)?;
             assert!(bytes(&exhibit, flash)? == **wanted, "{name}: other bytes");
@@ -111,7 +120,10 @@ fn flash_and_nvdimms_have_files(lab: &Lab) -> Result<()> {
         match flags {
             [] => {
                 assert_eq!(nvdimm["taken"], "nowhere");
-                assert!(nvdimm["why"].as_str().is_some_and(|why| why.contains("--include nvdimm")), "{nvdimm}");
+                assert!(
+                    nvdimm["why"].as_str().is_some_and(|why| why.contains("--include nvdimm")),
+                    "{nvdimm}"
+                );
             }
             _ => {
                 assert!(bytes(&exhibit, nvdimm)? == nvdimm_bytes, "other bytes in the NVDIMM");
@@ -121,7 +133,8 @@ fn flash_and_nvdimms_have_files(lab: &Lab) -> Result<()> {
         sound(lab, &exhibit)?;
         exhibit.remove()?;
     }
-    let planned = lab.tool(["plan", "--method", "live", &guest.pid().to_string()])?.expect_code(0)?.stdout;
+    let planned =
+        lab.tool(["plan", "--method", "live", &guest.pid().to_string()])?.expect_code(0)?.stdout;
     assert!(planned.contains("beside   romd system.flash1"), "{planned}");
     guest.finish()
 }
@@ -150,13 +163,17 @@ fn what_is_left_out_is_a_loss(lab: &Lab) -> Result<()> {
         let image = exhibit.image()?.read(window, 16 * MIB)?;
         assert!(image.iter().all(|&byte| byte == 0), "{method}: something of the display");
         let display = decided(&exhibit, "device-ram", |one| one["name"] == "vga.vram")?;
-        assert_eq!((&display["taken"], &display["why"]), (&"excluded".into(), &"--exclude device-ram".into()));
+        assert_eq!(
+            (&display["taken"], &display["why"]),
+            (&"excluded".into(), &"--exclude device-ram".into())
+        );
         // A class is of what is there.
         assert_eq!(manifest["class"] == "none", matches!(method, "live" | "pmemsave"), "{method}");
         assert_eq!(verify(lab, &exhibit.dir)?, Some(3), "{method}");
         exhibit.remove()?;
     }
-    let usage = lab.tool([Path::new("plan"), "--exclude".as_ref(), "ram".as_ref(), "x".as_ref()])?;
+    let usage =
+        lab.tool([Path::new("plan"), "--exclude".as_ref(), "ram".as_ref(), "x".as_ref()])?;
     usage.expect_code(2)?;
     guest.finish()
 }
@@ -215,15 +232,23 @@ fn what_is_in_swap_is_left_there_or_read(lab: &Lab) -> Result<()> {
     let plan = lab.tool(["plan", "--method", "live", "--json", &guest.pid().to_string()])?;
     let plan: Value = serde_json::from_str(&plan.expect_code(0)?.stdout)?;
     let counted = plan["facts"]["swapped_bytes"].as_u64().unwrap_or_default();
-    assert!(counted > before / 2 && counted <= before, "{counted} of {before} bytes in swap are told");
+    assert!(
+        counted > before / 2 && counted <= before,
+        "{counted} of {before} bytes in swap are told"
+    );
     for method in ["live", "freeze"] {
         let flags = ["--swap", "skip", "--stall-budget", "950ms"];
         let exhibit = acquire_at_best(lab, &guest, method, &flags, &[3])?;
         let left = exhibit.manifest["states"]["excluded"].as_u64().unwrap_or_default();
         let losses = exhibit.manifest["losses"].to_string();
-        assert!(left > counted / 2 && losses.contains("--swap skip"), "{method}: {left} bytes, {losses}");
+        assert!(
+            left > counted / 2 && losses.contains("--swap skip"),
+            "{method}: {left} bytes, {losses}"
+        );
         let after = swapped(&guest)?;
-        println!("         {method}: {left} bytes left in swap, of {before} before and {after} after");
+        println!(
+            "         {method}: {left} bytes left in swap, of {before} before and {after} after"
+        );
         // The tool's questions to QEMU may bring back some of QEMU's own.
         assert!(after + MIB >= before, "{method}: {before} bytes in swap before, {after} after");
         assert_eq!(verify(lab, &exhibit.dir)?, Some(3));
@@ -231,7 +256,8 @@ fn what_is_in_swap_is_left_there_or_read(lab: &Lab) -> Result<()> {
     }
     for method in ["track", "snapshot", "dump", "pmemsave"] {
         let vm = guest.pid().to_string();
-        let refused = lab.tool(["plan", "--method", method, "--swap", "skip", &vm])?.expect_code(4)?;
+        let refused =
+            lab.tool(["plan", "--method", method, "--swap", "skip", &vm])?.expect_code(4)?;
         assert!(refused.stderr.contains("--swap skip is not possible"), "{}", refused.stderr);
     }
     let exhibit = acquire(lab, &guest, "live", &[])?;
@@ -259,8 +285,16 @@ fn a_poisoned_page_is_named(lab: &Lab) -> Result<()> {
     let losses = exhibit.manifest["losses"].clone();
     println!("         {losses}");
     let loss = &losses[0];
-    assert_eq!((&loss["gpa"], &loss["len"]), (&format!("{:#x}", pfn << 12).into(), &json!(4096)), "{losses}");
-    assert_eq!((&loss["kind"], losses.as_array().map(Vec::len)), (&"unreadable".into(), Some(1)), "{losses}");
+    assert_eq!(
+        (&loss["gpa"], &loss["len"]),
+        (&format!("{:#x}", pfn << 12).into(), &json!(4096)),
+        "{losses}"
+    );
+    assert_eq!(
+        (&loss["kind"], losses.as_array().map(Vec::len)),
+        (&"unreadable".into(), Some(1)),
+        "{losses}"
+    );
     let found = numbered_frames(&mut guest, &exhibit.image()?, 6)?;
     assert_eq!(u64::try_from(found.len())?, planted - 1);
     assert_eq!(verify(lab, &exhibit.dir)?, Some(3));

@@ -10,9 +10,12 @@ use super::map::chart;
 pub(crate) const TESTS: &[lab::runner::Test] =
     here![odd_machines_are_the_same_by_every_method, a_pc_of_more_than_a_tebibyte];
 
+/// A machine: what it is, and how it is made.
+type Case = (&'static str, fn(Builder) -> Builder);
+
 /// Stopped guests: one root by every method, and three ways to the map that agree (`chart` sees to it).
 fn odd_machines_are_the_same_by_every_method(lab: &Lab) -> Result<()> {
-    let cases: [(&str, fn(Builder) -> Builder); 4] = [
+    let cases: [Case; 4] = [
         ("a board of ARM's", Builder::arm),
         ("a PC of 32 bits", |guest| guest.machine(Machine::Pc).i386()),
         ("little below 4 GiB", |guest| guest.machine(Machine::Q35).below_4g_mib(32)),
@@ -26,7 +29,8 @@ fn odd_machines_are_the_same_by_every_method(lab: &Lab) -> Result<()> {
         settle(&mut guest)?;
         guest.stop()?;
         let (chart, _) = chart(lab, &guest.pid().to_string()).doing(what)?;
-        let ram = chart["regions"].as_array().into_iter().flatten().filter(|one| one["kind"] == "ram");
+        let ram =
+            chart["regions"].as_array().into_iter().flatten().filter(|one| one["kind"] == "ram");
         let bytes: u64 = ram.filter_map(|one| one["len"].as_u64()).sum();
         let mut roots = Vec::new();
         for (method, flags) in [
@@ -35,7 +39,8 @@ fn odd_machines_are_the_same_by_every_method(lab: &Lab) -> Result<()> {
             ("pmemsave", &["--store", "disk"]),
             ("dump", &["--stall-budget", "20s"]),
         ] {
-            let exhibit = acquire(lab, &guest, method, flags).doing(format_args!("{what}, {method}"))?;
+            let exhibit =
+                acquire(lab, &guest, method, flags).doing(format_args!("{what}, {method}"))?;
             lab.tool([std::path::Path::new("verify"), &exhibit.dir])?.expect_code(0)?;
             roots.push(exhibit.manifest["memory_root"].clone());
             exhibit.remove()?;
@@ -58,17 +63,24 @@ fn a_pc_of_more_than_a_tebibyte(lab: &Lab) -> Result<()> {
         .args(&["-machine", "memory-backend=big"])
         .boot()?;
     let (chart, _) = chart(lab, &guest.pid().to_string())?;
-    let above = chart["regions"].as_array().into_iter().flatten().find(|one| {
-        one["gpa"] == "0x10000000000" && one["kind"] == "ram"
-    });
-    let above = above.ok_or_else(|| failed(format_args!("no RAM at 1 TiB: {}", chart["regions"])))?;
+    let above = chart["regions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|one| one["gpa"] == "0x10000000000" && one["kind"] == "ram");
+    let above =
+        above.ok_or_else(|| failed(format_args!("no RAM at 1 TiB: {}", chart["regions"])))?;
     assert!(above["len"].as_u64() > Some(1000 << 30), "{above}");
     let plan = lab.tool(["plan", "--method", "live", "--json", &guest.pid().to_string()])?;
     let took = plan.took;
     let plan: Value = serde_json::from_str(&plan.expect_code(0)?.stdout)?;
     let image = plan["facts"]["image_bytes"].as_u64().unwrap_or_default();
     assert!(image > 1100 << 30, "{image}");
-    println!("         planned in {:.1} s; {} bytes resident", took.as_secs_f64(), plan["facts"]["resident_bytes"]);
+    println!(
+        "         planned in {:.1} s; {} bytes resident",
+        took.as_secs_f64(),
+        plan["facts"]["resident_bytes"]
+    );
     guest.assert_as_found()?;
     guest.finish()
 }
