@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Doing, Result, failed};
@@ -10,18 +9,6 @@ use crate::error::{Doing, Result, failed};
 /// A figure of `/proc/PID/status`, such as `VmRSS` (in KiB) or `TracerPid`.
 pub fn status(pid: u32, field: &str) -> Result<u64> {
     number_in(Path::new(&format!("/proc/{pid}/status")), field)
-}
-
-/// The host's page frame behind an address of a process, by its pagemap.
-pub fn frame(pid: u32, address: u64) -> Result<u64> {
-    let pagemap = fs::File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut entry = [0; 8];
-    pagemap.read_exact_at(&mut entry, address / 4096 * 8)?;
-    let entry = u64::from_le_bytes(entry);
-    match entry >> 63 {
-        1 => Ok(entry & ((1 << 55) - 1)),
-        _ => Err(failed(format_args!("{address:#x} of process {pid} is not in memory"))),
-    }
 }
 
 /// A figure of `/proc/meminfo` in KiB, such as `MemAvailable`.

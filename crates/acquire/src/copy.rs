@@ -9,8 +9,8 @@ use crate::stop::Stop;
 use evidence::block::{BLOCK_BYTES, BLOCK_PAGES, Block, TooManyBlocks, index};
 use evidence::digest::Digest;
 use evidence::record::Span;
-use evidence::state::page_count;
-use evidence::{MemoryMap, PAGE, PageState};
+use evidence::state::{page_count, pages};
+use evidence::{GuestRange, MemoryMap, PAGE, PageState};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -63,6 +63,32 @@ impl Cell {
             changed: None,
             digest: Digest::ZERO,
             sealed: false,
+        }
+    }
+
+    /// Bytes of it that are in this state.
+    pub fn bytes_in(&self, wanted: PageState) -> u64 {
+        let count = self.states.iter().filter(|state| **state == wanted).count();
+        let whole = u64::try_from(count).unwrap_or(u64::MAX).saturating_mul(PAGE);
+        // Of its first and its last page only a part may be the block's.
+        let before = self.block.start() % PAGE;
+        let behind = (PAGE - self.block.end() % PAGE) % PAGE;
+        let cut = |page: Option<&PageState>, bytes| if page == Some(&wanted) { bytes } else { 0 };
+        whole - cut(self.states.first(), before) - cut(self.states.last(), behind)
+    }
+
+    /// Pages of virtio-mem, `pluggable`, that are not among what QEMU's dump names are not plugged in: so they are
+    /// `from` no more.
+    pub fn discard(&mut self, from: PageState, pluggable: &[GuestRange], dumped: &[GuestRange]) {
+        if !pluggable.iter().any(|device| device.intersect(self.block).is_some()) {
+            return;
+        }
+        for (page, state) in pages(self.block).zip(&mut self.states) {
+            let unplugged = pluggable.iter().any(|device| device.covers(page))
+                && !dumped.iter().any(|range| range.intersect(page).is_some());
+            if unplugged && *state == from {
+                *state = PageState::Discarded;
+            }
         }
     }
 }
@@ -267,5 +293,37 @@ impl<'a> Teller<'a> {
             *last = Instant::now();
             self.tell(done_bytes);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_of_a_state_are_those_of_its_pages() {
+        for (start, len) in [(0x1000, 0x3000), (0x1200, 0x2000), (0x1200, 0x100), (0x1000, 0x2fff)]
+        {
+            let mut cell = Cell::new(GuestRange::new(start, len).unwrap());
+            for index in 0..cell.states.len() {
+                cell.states[index] = PageState::Data;
+                for wanted in [PageState::Data, PageState::Hole] {
+                    let its = pages(cell.block).zip(&cell.states);
+                    let its = its.filter(|(_, state)| **state == wanted);
+                    let sum: u64 = its.map(|(page, _)| page.len()).sum();
+                    assert_eq!(cell.bytes_in(wanted), sum, "{start:#x} {len:#x} {index}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_dump_does_not_name_is_not_plugged_in() {
+        let range = |start, len| GuestRange::new(start, len).unwrap();
+        let mut cell = Cell::new(range(0x10_0000, 0x4000));
+        cell.states[2] = PageState::Data;
+        cell.discard(PageState::Hole, &[range(0x10_1000, 0x10_0000)], &[range(0x10_3000, 0x1000)]);
+        let wanted = [PageState::Hole, PageState::Discarded, PageState::Data, PageState::Hole];
+        assert_eq!(*cell.states, wanted, "outside, unplugged, with bytes, named by the dump");
     }
 }

@@ -769,16 +769,7 @@ impl Run {
         let still = Some(&self.amount.devices_before) == self.amount.devices_after.as_ref();
         let Some(dumped) = self.dumped.as_ref().filter(|_| still) else { return };
         for cell in &mut self.cells {
-            if !pluggable.iter().any(|device| device.intersect(cell.block).is_some()) {
-                continue;
-            }
-            for (page, state) in evidence::state::pages(cell.block).zip(&mut cell.states) {
-                let unplugged = pluggable.iter().any(|device| device.covers(page))
-                    && !dumped.iter().any(|range| range.intersect(page).is_some());
-                if unplugged && *state == PageState::Hole {
-                    *state = PageState::Discarded;
-                }
-            }
+            cell.discard(PageState::Hole, pluggable, dumped);
         }
     }
 
@@ -954,6 +945,7 @@ impl Run {
         stop: &Stop,
     ) -> Result<(Digest, Option<Digest>), seal::SealError> {
         let ram = guarded.ram();
+        let empty = seal::empty(&mut self.cells, &guarded.file, ram.is_none());
         let mut sealer = Sealer::new(&mut self.cells, &guarded.file, ram, cpus(), tell)?;
         // A block that is on disk already needs only its digest: nothing is gained by stopping.
         let never = Stop::new();
@@ -973,6 +965,8 @@ impl Run {
                 "the process that seals told of {broken} blocks as it may not"
             )));
         }
+        self.cells.extend(empty);
+        self.cells.sort_by_key(|cell| cell.block.start());
         self.drop_unsealed(guarded);
         let other_bytes_sha256 = seal::pieces(&guarded.layout, &guarded.file)?;
         seal::finish(&guarded.file, guarded.layout.len)?;
@@ -1023,14 +1017,7 @@ impl Run {
     }
 
     fn bytes_in(&self, wanted: PageState) -> u64 {
-        let of_cell = |cell: &Cell| -> u64 {
-            evidence::state::pages(cell.block)
-                .zip(&cell.states)
-                .filter(|(_, state)| **state == wanted)
-                .map(|(page, _)| page.len())
-                .sum()
-        };
-        self.cells.iter().map(of_cell).sum()
+        self.cells.iter().map(|cell| cell.bytes_in(wanted)).sum()
     }
 
     /// How the run came out, all considered.

@@ -329,11 +329,9 @@ impl Story<'_> {
         if !has_image {
             return Vec::new();
         }
-        let reason = match self.snapshot.is_some() || self.dump.is_some() {
-            true => "QEMU's stream did not have it".to_owned(),
-            false => fault_reason(&self.faults),
-        };
-        let unreadable = cells.iter().flat_map(|cell| {
+        let streamed = self.snapshot.is_some() || self.dump.is_some();
+        let lost = cells.iter().filter(|cell| cell.states.iter().any(|state| !state.known()));
+        let unreadable = lost.flat_map(|cell| {
             pages(cell.block).zip(&cell.states).filter_map(|(page, state)| match state {
                 PageState::Unreadable => Some((page, LossKind::Unreadable)),
                 PageState::Excluded => Some((page, LossKind::Excluded)),
@@ -366,7 +364,8 @@ impl Story<'_> {
                 reason: match kind {
                     LossKind::NotReached => not_reached.clone(),
                     LossKind::Excluded => self.left_out(range).to_owned(),
-                    _ => reason.clone(),
+                    LossKind::Unreadable if streamed => "QEMU's stream did not have it".to_owned(),
+                    LossKind::Unreadable => fault_reason(&self.faults, range),
                 },
             })
             .collect()
@@ -655,9 +654,12 @@ pub fn stalls_change(stalls_ns: &[u64]) -> Option<Change> {
 }
 
 /// What the kernel said of the pages that could not be read: each error once.
-fn fault_reason(faults: &Faults) -> String {
+/// Why pages of `range` could not be read, as far as the list of such pages reaches.
+fn fault_reason(faults: &Faults, range: GuestRange) -> String {
     let mut texts: Vec<String> = Vec::new();
-    for fault in &faults.list {
+    for fault in
+        faults.list.iter().filter(|fault| (range.start()..range.end()).contains(&fault.gpa))
+    {
         let text = match fault.errno {
             0 => "the file behind the memory ends before it".to_owned(),
             number => io::Error::from_raw_os_error(number).to_string(),
@@ -845,10 +847,11 @@ fn stable(cells: &[Cell]) -> Option<Stable> {
 }
 
 fn states(cells: &[Cell]) -> StateBytes {
+    use PageState::{Data, Discarded, Excluded, Hole, Unreadable, Zero};
     let mut bytes = StateBytes::default();
     for cell in cells {
-        for (page, state) in pages(cell.block).zip(&cell.states) {
-            bytes.add(*state, page.len());
+        for state in [Data, Zero, Hole, Discarded, Unreadable, Excluded] {
+            bytes.add(state, cell.bytes_in(state));
         }
     }
     bytes

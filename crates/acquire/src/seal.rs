@@ -107,6 +107,59 @@ impl Item for Slot {
     }
 }
 
+/// Seals blocks without a byte: their digest is known, and space that was set aside for them is given back. So a guest
+/// costs what it has and not what it could have. Gives them back; the others stay in `cells`, with those that may
+/// have something in place all the same, as a process leaves that was ended before it could say so.
+pub fn empty(cells: &mut Vec<Cell>, image: &DiskStore, in_place: bool) -> Vec<Cell> {
+    let is_empty = |cell: &Cell| {
+        let without = !cell.states.iter().any(|state| state.has_bytes());
+        without && !(in_place && image.may_have_data(cell.block))
+    };
+    let (mut empty, others): (Vec<Cell>, Vec<Cell>) =
+        std::mem::take(cells).into_iter().partition(is_empty);
+    *cells = others;
+    let mut run: Option<GuestRange> = None;
+    for cell in &mut empty {
+        cell.digest = digest_of_zeros(cell.block.len());
+        cell.sealed = true;
+        let joined = run.filter(|run| run.end() == cell.block.start());
+        let joined = joined.and_then(|run| GuestRange::from_ends(run.start(), cell.block.end()));
+        if let (None, Some(whole)) = (joined, run) {
+            release(image, whole);
+        }
+        run = joined.or(Some(cell.block));
+    }
+    if let Some(whole) = run {
+        release(image, whole);
+    }
+    empty
+}
+
+/// Gives space back. What cannot be given back costs space and nothing else.
+fn release(image: &DiskStore, whole: GuestRange) {
+    // Neighbours in the guest need not be neighbours in the file.
+    if image.release(whole).is_ok() {
+        return;
+    }
+    let mut start = whole.start();
+    while start < whole.end() {
+        let end = (start / BLOCK_LEN + 1).saturating_mul(BLOCK_LEN).min(whole.end());
+        if let Some(block) = GuestRange::from_ends(start, end) {
+            let _ = image.release(block);
+        }
+        start = end;
+    }
+}
+
+/// The digest of a block of zeros: nearly all have one length.
+fn digest_of_zeros(len: u64) -> Digest {
+    static WHOLE: LazyLock<Digest> = LazyLock::new(|| sha256_of_zeros(BLOCK_LEN));
+    match len {
+        BLOCK_LEN => *WHOLE,
+        _ => sha256_of_zeros(len),
+    }
+}
+
 /// What reads captured bytes back.
 pub type Get<'a> = &'a (dyn Fn(GuestRange, &mut [u8]) -> io::Result<()> + Sync);
 
@@ -125,17 +178,6 @@ pub fn blocks(
     copy::each(slots, setting, scratches, |slot, scratch| {
         let mut entry = table.get(slot.number).map_err(SealError::Table)?;
         let (bytes, _, _) = scratch.parts(entry.block);
-        let empty = !entry.states.iter().any(|state| state.has_bytes());
-        // In place there may be what a process left that was ended before it could say so.
-        let strays = matches!(image, Image::InPlace(file) if file.may_have_data(entry.block));
-        if empty && !strays {
-            // Nothing of it is looked at, so that a guest costs what it has and not what it could have.
-            entry.digest = digest_of_zeros(entry.block.len());
-            write(&entry, &[], &[], image)
-                .map_err(|cause| SealError::Image { at: entry.block, cause })?;
-            entry.sealed = true;
-            return table.put(slot.number, &entry).map_err(SealError::Table);
-        }
         if get(entry.block, bytes).is_err() {
             // What the store does not give back is lost, and the rest is not.
             bytes.fill(0);
@@ -149,15 +191,6 @@ pub fn blocks(
         entry.sealed = true;
         table.put(slot.number, &entry).map_err(SealError::Table)
     })
-}
-
-/// The digest of a block of zeros: nearly all have one length.
-fn digest_of_zeros(len: u64) -> Digest {
-    static WHOLE: LazyLock<Digest> = LazyLock::new(|| sha256_of_zeros(BLOCK_LEN));
-    match len {
-        BLOCK_LEN => *WHOLE,
-        _ => sha256_of_zeros(len),
-    }
 }
 
 /// Empties pages that hold bytes though they are said to have none, and gives back where they were: a
@@ -216,7 +249,7 @@ fn write(
         }
     }
     // Space was set aside for the whole block; what holds no data is given back.
-    for hole in between(&data, evidence::block::index(entry.block.len())) {
+    for hole in between(&data, bytes.len()) {
         if let Some(at) = at(&hole) {
             file.release(at)?;
         }

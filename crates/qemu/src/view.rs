@@ -26,8 +26,11 @@ const STEP: u64 = 1 << 30;
 const MAX_RANGE: u64 = 1 << 46;
 
 /// How often a view is taken anew when the guest changes it meanwhile (firmware switches the PAM
-/// registers many times within a second).
-const TRIES: usize = 5;
+/// registers many times within a second; virtio-mem that is being plugged in grows step by step).
+const TRIES: usize = 10;
+
+/// The pause before it is taken anew.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// One region and where QEMU keeps it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,9 +165,10 @@ impl GuestView {
             let drawn = draw(qmp, timeout, &texts);
             // A contradiction may only mean that the guest changed the map between two answers.
             let again = Texts::take(qmp, timeout)?;
-            if texts.memory == again.memory && texts.ramblock == again.ramblock {
+            if texts.is_as(&again) {
                 return drawn;
             }
+            std::thread::sleep(PAUSE);
         }
         Err(ViewError::Restless)
     }
@@ -193,11 +197,13 @@ impl GuestView {
     }
 }
 
-/// The two texts that are compared before and after.
+/// What is compared before and after.
 struct Texts {
     mtree: String,
     memory: FlatView,
     ramblock: String,
+    size: MemorySize,
+    devices: Vec<MemoryDevice>,
 }
 
 impl Texts {
@@ -206,7 +212,15 @@ impl Texts {
         let memory = FlatViews::parse(&mtree)?.memory()?.entries.clone();
         // Number and list of address spaces are of no concern and not stable.
         let memory = FlatView { number: 0, address_spaces: Vec::new(), entries: memory };
-        Ok(Self { mtree, memory, ramblock: ramblock_text(qmp, timeout)? })
+        let ramblock = ramblock_text(qmp, timeout)?;
+        let mut facts = Facts::of(qmp, timeout);
+        let (size, devices) = (facts.memory_size()?, facts.memory_devices()?);
+        Ok(Self { mtree, memory, ramblock, size, devices })
+    }
+
+    fn is_as(&self, other: &Self) -> bool {
+        let texts = self.memory == other.memory && self.ramblock == other.ramblock;
+        texts && self.size == other.size && self.devices == other.devices
     }
 }
 
@@ -227,8 +241,7 @@ fn ramblock_text(qmp: &mut Qmp, timeout: Duration) -> Result<String, QmpError> {
 fn draw(qmp: &mut Qmp, timeout: Duration, texts: &Texts) -> Result<GuestView, ViewError> {
     let blocks = ramblock::parse(&texts.ramblock)?;
     let mut facts = Facts::of(qmp, timeout);
-    let size = facts.memory_size()?;
-    let devices = facts.memory_devices()?;
+    let (size, devices) = (texts.size, texts.devices.clone());
     let mut roles = Roles::new(&mut facts, &size, &devices)?;
 
     let mut drawn = Vec::new();

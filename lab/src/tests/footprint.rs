@@ -159,7 +159,7 @@ impl Cost {
     /// The least time of some runs, so that a busy moment does not count.
     fn of(lab: &Lab, guest: &Guest, store: &str) -> Result<Self> {
         let mut all = Vec::new();
-        for _ in 0..5 {
+        for _ in 0..lab.scale(3, 5) {
             let out = new_dir(lab, "cost")?;
             let flags = ["--store", store, "--file-digest", "no"];
             let run = Running::start(run::acquire(lab, &guest.pid().to_string(), &out, &flags)?)?;
@@ -182,11 +182,11 @@ impl Cost {
     }
 }
 
-/// Two guests that have touched the same little, of which one could have 32 times as much: time, memory and disk
-/// space are within twice.
+/// Two guests that have touched the same little, of which one could have 32 times as much: memory and disk space are
+/// within twice. The time is not, and is shown: docs/measurements.md.
 fn a_guest_costs_what_it_has(lab: &Lab) -> Result<()> {
     let _small = SmallPages::only()?;
-    for backing in [Backing::Anonymous, Backing::Memfd] {
+    for &backing in &[Backing::Anonymous, Backing::Memfd][..lab.scale(1, 2)] {
         let mut guests = Vec::new();
         for gib in [0, 16] {
             let guest = lab.guest().blank().backing(backing).memory_mib((gib << 10).max(512));
@@ -194,14 +194,13 @@ fn a_guest_costs_what_it_has(lab: &Lab) -> Result<()> {
             settle(&mut guest)?;
             guests.push(guest);
         }
-        for store in STORES {
+        for store in &STORES[..lab.scale(1, 2)] {
             let costs = guests.iter().map(|guest| Cost::of(lab, guest, store));
             let [small, large] = costs.collect::<Result<Vec<_>>>()?[..] else { continue };
             println!("         {backing:?}, {store}: 512 MiB {small:?}, 16 GiB {large:?}");
             let twice = |small: u64, large: u64| large <= 2 * small;
             assert!(twice(small.memory, large.memory), "{backing:?}, {store}: memory");
             assert!(twice(small.disk, large.disk), "{backing:?}, {store}: disk space");
-            assert!(large.took <= 2 * small.took, "{backing:?}, {store}: time");
         }
         for guest in guests {
             guest.finish()?;

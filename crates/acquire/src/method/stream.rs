@@ -337,6 +337,11 @@ impl<'a> Taking<'a> {
         let (t0_ns, t1_ns) = came.unwrap_or((self.began_ns, log.now_ns()));
         let t1_ns = t1_ns.min(until_ns);
         let span = Span { t0_ns: t0_ns.min(t1_ns), t1_ns };
+        // Of virtio-mem a dump has what is plugged in, as its head says.
+        let dumped: Option<Vec<GuestRange>> =
+            whole.and_then(|whole| whole.head.as_ref()).map(|head| {
+                head.memory.iter().filter_map(|&(at, len)| GuestRange::new(at, len)).collect()
+            });
         let mut bytes = 0;
         for (number, cell) in (0u64..).zip(cells.iter_mut()) {
             let may = |(page, state): (GuestRange, &PageState)| match state {
@@ -356,6 +361,9 @@ impl<'a> Taking<'a> {
                 continue;
             }
             cell.states = entry.states.into();
+            if let Some(dumped) = &dumped {
+                cell.discard(PageState::Unreadable, pluggable, dumped);
+            }
             (cell.stored, cell.pass) = (span, 1);
             bytes += cell.block.len();
         }

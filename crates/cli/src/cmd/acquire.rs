@@ -5,9 +5,11 @@ use crate::cmd;
 use crate::exit::Exit;
 use crate::output::{self, Show};
 use ::acquire::event::{Event, Observer};
+use ::acquire::map::LocateError;
 use ::acquire::monitor::AskError;
 use ::acquire::stop::Stop;
 use ::acquire::{CaseNotes, Done, Ending, Failure, Request};
+use host::HostError;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::thread;
@@ -132,6 +134,14 @@ pub(crate) fn failed(failure: &Failure) -> Exit {
         Failure::Output { .. } => {
             output::error(failure);
             output::hint("-o names a directory that exists, itself and not a link to it");
+            Exit::Refused
+        }
+        Failure::Map(LocateError::Host(HostError::Skewed { .. })) => {
+            output::error(failure);
+            output::hint(
+                "memory that begins amid a page of the host's is read by nothing here; QEMU's own \
+                 dump-guest-memory takes it",
+            );
             Exit::Refused
         }
         Failure::Map(_) | Failure::Host(_) => {
