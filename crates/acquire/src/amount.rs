@@ -49,7 +49,9 @@ pub fn caveat(amount: &Amount) -> Option<String> {
 /// What no record of a guest that gives memory back can show.
 pub fn limitation(amount: &Amount) -> Option<String> {
     let balloon = amount.balloon.as_ref()?;
-    let all = amount.base_bytes.saturating_add(amount.plugged_bytes_before.unwrap_or(0));
+    // QEMU counts what the machine started with and its DIMMs (`get_current_ram_size`), nothing else that is plugged in.
+    let dimms = amount.devices_before.iter().filter(|device| device.kind == "dimm");
+    let all = dimms.filter_map(|device| device.bytes).fold(amount.base_bytes, u64::saturating_add);
     let given = balloon.bytes_before.is_some_and(|left| left < all);
     let reports = balloon.free_page_reporting;
     (given || reports).then(|| {
@@ -105,6 +107,42 @@ fn plugged(device: &MemoryDevice) -> Plugged {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn what_was_given_back_is_what_is_missing_of_ram_and_dimms() {
+        let device = |kind: &str, bytes| Plugged {
+            kind: kind.into(),
+            id: None,
+            gpa: None,
+            bytes: Some(bytes),
+            max_bytes: None,
+            requested_bytes: None,
+            block_bytes: None,
+        };
+        let amount = |left| Amount {
+            base_bytes: 1000,
+            plugged_bytes_before: Some(730),
+            plugged_bytes_after: None,
+            devices_before: vec![
+                device("dimm", 30),
+                device("nvdimm", 200),
+                device("virtio-mem", 500),
+            ],
+            devices_after: None,
+            balloon: Some(Inflation {
+                device: None,
+                bytes_before: Some(left),
+                bytes_after: None,
+                free_page_reporting: false,
+                free_page_hint: false,
+                statistics_before: None,
+                statistics_after: None,
+                changes: Vec::new(),
+            }),
+        };
+        assert_eq!(limitation(&amount(1030)), None);
+        assert!(limitation(&amount(1029)).is_some_and(|text| text.contains("through its balloon")));
+    }
 
     #[test]
     fn a_change_of_the_balloon_is_read_from_its_event() {

@@ -7,11 +7,13 @@
 use crate::guard::Guarded;
 use crate::log::Log;
 use crate::look::Looked;
-use crate::plan::{Part, Wish};
-use crate::told;
+use crate::plan::{Part, SwapWish, Wish};
+use crate::stop::Stop;
+use crate::{Request, told};
 use evidence::block::BLOCK_LEN;
-use evidence::digest::Hasher;
+use evidence::digest::{Digest, Hasher};
 use evidence::manifest::{Decided, FileRecord, Taken};
+use evidence::map::Mapping;
 use evidence::record::Span;
 use evidence::state::page_count;
 use evidence::{GuestRange, Kind, PageState, Region};
@@ -20,14 +22,23 @@ use host::source::Source as _;
 use host::{GuestMemory, Process};
 use qemu::GuestView;
 use qemu::graph::Hidden;
+use std::collections::HashSet;
+use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::time::{Duration, Instant};
 
 /// More files than any machine gives cause for: what is beyond is named and left out.
 const MAX_FILES: usize = 256;
 
+/// More pieces of hidden memory than any machine has: of what is beyond only the number is told.
+const MAX_HIDDEN: usize = 4096;
+
 /// The longest that one of the pieces may be that are taken unasked, in bytes: what is hidden of an ordinary machine is a few
 /// MiB, and flash no more than 64.
 const MAX_UNASKED: u64 = 1 << 30;
+
+/// Why hidden memory is not read of which nothing is lost by that.
+const SEEN: &str = "the guest sees the same bytes at";
 
 /// Memory that may get a file of its own, and what is done with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,32 +54,78 @@ pub fn decide(view: &GuestView, hidden: &Result<Vec<Hidden>, String>, wish: &Wis
     let mut asides: Vec<Aside> =
         view.regions.iter().map(|place| region(view, place, wish)).collect();
     match hidden {
-        Ok(hidden) => asides.extend(hidden.iter().map(|one| beneath(view, one, wish))),
-        Err(why) => asides.push(Aside {
-            decided: Decided {
-                gpa: 0,
-                len: 0,
-                kind: "hidden".to_owned(),
-                name: String::new(),
-                offset: 0,
-                under: None,
-                taken: Taken::Nowhere,
-                file: None,
-                why: format!("what lies under something else is not known: {why}"),
-                read: None,
-                known: false,
-            },
-            place: None,
-        }),
+        Ok(hidden) => {
+            asides.extend(hidden.iter().take(MAX_HIDDEN).map(|one| beneath(view, one, wish)));
+            if let Some(more) = hidden.len().checked_sub(MAX_HIDDEN).filter(|&more| more > 0) {
+                asides.push(unknown(format!("{more} more pieces that lie under something else")));
+            }
+        }
+        Err(why) => {
+            asides.push(unknown(format!("what lies under something else is not known: {why}")))
+        }
     }
-    let mut files = 0;
+    let mut names = HashSet::new();
     for aside in asides.iter_mut().filter(|aside| aside.decided.taken == Taken::File) {
-        files += 1;
-        if files > MAX_FILES {
+        if names.len() == MAX_FILES {
             leave_out(aside, format!("more than {MAX_FILES} pieces"));
+        }
+        // Two regions of one name may begin at one address.
+        let number = names.len();
+        if let Some(name) = &mut aside.decided.file
+            && !names.insert(name.clone())
+        {
+            *name = format!("{}-{number}.bin", name.trim_end_matches(".bin"));
+            names.insert(name.clone());
         }
     }
     asides
+}
+
+/// Memory of which nothing more is known than that it is not read.
+fn unknown(why: String) -> Aside {
+    Aside {
+        decided: Decided {
+            gpa: 0,
+            len: 0,
+            kind: "hidden".to_owned(),
+            name: String::new(),
+            offset: 0,
+            under: None,
+            taken: Taken::Nowhere,
+            file: None,
+            why,
+            read: None,
+            known: false,
+        },
+        place: None,
+    }
+}
+
+/// What the operator should know beforehand: what was wanted, and will not be had.
+pub fn warnings(asides: &[Aside], wish: &Wish) -> Vec<String> {
+    let wanted = |kind: &str| match kind {
+        "nvdimm" => wish.wants(Part::Nvdimm),
+        "romd" => wish.wants(Part::Romd),
+        "hidden" => wish.wants(Part::Hidden),
+        _ => false,
+    };
+    let lost = |decided: &&Decided| decided.taken == Taken::Nowhere && wanted(&decided.kind);
+    // What the guest sees elsewhere is not lost.
+    let told = |decided: &&Decided| !decided.why.starts_with(SEEN);
+    let decided = asides.iter().map(|aside| &aside.decided).filter(lost).filter(told);
+    decided
+        .take(16)
+        .map(|one| format!("not read: {} {:?} at {:#x}: {}", one.kind, one.name, one.gpa, one.why))
+        .collect()
+}
+
+impl Aside {
+    /// It is not read after all.
+    pub fn leave(&mut self, why: &str) {
+        if self.place.is_some() {
+            leave_out(self, format!("not read: {why}"));
+        }
+    }
 }
 
 /// Bytes that the files may take.
@@ -195,7 +252,7 @@ fn beneath(view: &GuestView, hidden: &Hidden, wish: &Wish) -> Aside {
         place: None,
     };
     if let Some(shown_at) = hidden.shown_at {
-        leave_out(&mut aside, format!("the guest sees the same bytes at {shown_at:#x}"));
+        leave_out(&mut aside, format!("{SEEN} {shown_at:#x}"));
     } else if !wish.wants(Part::Hidden) {
         leave_out(&mut aside, format!("--exclude {}", Part::Hidden.word()));
     } else {
@@ -227,7 +284,7 @@ fn seen_address(view: &GuestView, hidden: &Hidden) -> Result<u64, String> {
 fn at(aside: &mut Aside, hva: Result<u64, String>, wish: &Wish) {
     let Decided { gpa, len, kind, name, .. } = &aside.decided;
     let place = GuestRange::new(*gpa, *len).ok_or_else(|| "its addresses wrap".to_owned());
-    let asked = kind == Kind::Nvdimm.word() && wish.wants(Part::Nvdimm);
+    let asked = wish.include.iter().any(|part| part.word() == kind);
     let place = hva.and_then(|hva| Ok(Place { range: place?, hva })).and_then(|place| {
         match *len > MAX_UNASKED && !asked {
             true => Err(format!("longer than the {MAX_UNASKED} bytes that are taken unasked")),
@@ -248,50 +305,89 @@ fn file_name(kind: &str, gpa: u64, name: &str) -> String {
     format!("{kind}-{gpa:#x}-{name}.bin")
 }
 
-/// Reads each aside that is to have a file into one. What could not be read is left out, and
-/// said so: the image does not depend on it. Gives back the decisions, and the files.
+/// What was read beside the image.
+pub struct Read {
+    /// The decisions, as they came out.
+    pub decided: Vec<Decided>,
+    /// The files.
+    pub files: Vec<FileRecord>,
+    /// The operator ended it.
+    pub stopped: bool,
+}
+
+/// Reads each aside that is to have a file into one. What could not be read is left out, and said so: the image
+/// does not depend on it.
 pub fn read(
     asides: &[Aside],
     looked: &Looked,
+    request: &Request,
     log: &Log,
     guarded: &Guarded,
-) -> (Vec<Decided>, Vec<FileRecord>) {
-    let (mut all, mut files) = (Vec::new(), Vec::new());
+    stop: &Stop,
+) -> Read {
+    let mut all = Read { decided: Vec::new(), files: Vec::new(), stopped: false };
     for aside in asides {
         let mut aside = aside.clone();
         if let (Some(place), Some(name)) = (aside.place, aside.decided.file.clone()) {
             let t0_ns = log.now_ns();
-            match copy(&looked.target.process, place, &name, guarded) {
+            match copy(&looked.target.process, place, &name, request, guarded, stop) {
                 Ok((record, known)) => {
                     aside.decided.read = Some(Span { t0_ns, t1_ns: log.now_ns() });
                     aside.decided.known = known;
-                    files.push(record);
+                    all.files.push(record);
                 }
-                Err(why) => {
-                    guarded.remove_aside(&name);
-                    leave_out(&mut aside, why);
-                }
+                Err(why) => leave_out(&mut aside, why),
             }
         }
-        all.push(aside.decided);
+        all.decided.push(aside.decided);
     }
-    (all, files)
+    all.stopped = stop.asked();
+    all
 }
 
-/// Copies a place into a file, in which pages that hold nothing are left out. Gives back the file, and whether all of it
-/// could be read.
+/// Copies a place into a new file, which is taken away again where that fails. Gives back the file, and whether all of
+/// it could be read.
 fn copy(
     process: &Process,
     place: Place,
     name: &str,
+    request: &Request,
     guarded: &Guarded,
+    stop: &Stop,
 ) -> Result<(FileRecord, bool), String> {
-    let memory = GuestMemory::open(process, &[place]).map_err(|error| told(&error))?;
+    let mut memory = GuestMemory::open(process, &[place]).map_err(|error| told(&error))?;
+    if request.wish.swap == SwapWish::Skip {
+        let usage = memory.usage().map_err(|error| told(&error))?;
+        let shared = memory.places().iter().any(|held| held.mapping() == Mapping::Shared);
+        if shared && usage.iter().any(|usage| usage.swapped > 0) {
+            return Err("some of it is in the host's swap, and which pages is not known".to_owned());
+        }
+        memory.leave_swapped();
+    }
     let file = guarded.aside(name).map_err(|error| told(&error))?;
-    let (start, len) = (place.range.start(), place.range.len());
+    fill(&memory, place, &file, request.max_rate, stop)
+        .map(|(sha256, known)| {
+            (FileRecord { file: name.to_owned(), len: place.range.len(), sha256 }, known)
+        })
+        .inspect_err(|_| guarded.remove_aside(name))
+}
+
+/// Copies a place into a file, in which stretches of zeros are left out. Gives back the digest, and whether all of it could
+/// be read.
+fn fill(
+    memory: &GuestMemory,
+    place: Place,
+    file: &File,
+    max_rate: Option<u64>,
+    stop: &Stop,
+) -> Result<(Digest, bool), String> {
+    let (start, len, began) = (place.range.start(), place.range.len(), Instant::now());
     let mut buffer = Vec::new();
     let (mut hasher, mut known, mut done) = (Hasher::default(), true, 0);
     while done < len {
+        if stop.asked() {
+            return Err("interrupted by the operator".to_owned());
+        }
         let piece = (len - done).min(BLOCK_LEN);
         let Some(range) = GuestRange::new(start + done, piece) else { break };
         buffer.resize(evidence::block::index(piece), 0);
@@ -303,11 +399,16 @@ fn copy(
             file.write_all_at(&buffer, done).map_err(|error| told(&error))?;
         }
         done += piece;
+        if let Some(rate) = max_rate.filter(|&rate| rate > 0) {
+            let nanos = u128::from(done) * 1_000_000_000 / u128::from(rate);
+            let due = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+            std::thread::sleep(due.saturating_sub(began.elapsed()).min(Duration::from_secs(1)));
+        }
     }
     file.set_len(len).map_err(|error| told(&error))?;
     // What was unmapped meanwhile looks like holes.
     memory.check_mappings().map_err(|error| told(&error))?;
-    Ok((FileRecord { file: name.to_owned(), len, sha256: hasher.finish() }, known))
+    Ok((hasher.finish(), known))
 }
 
 #[cfg(test)]

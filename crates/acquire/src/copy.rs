@@ -78,15 +78,19 @@ impl Cell {
     }
 
     /// Pages of virtio-mem, `pluggable`, that are not among what QEMU's dump names are not plugged in: so they are
-    /// `from` no more.
+    /// `from` no more. `dumped` is sorted.
     pub fn discard(&mut self, from: PageState, pluggable: &[GuestRange], dumped: &[GuestRange]) {
         if !pluggable.iter().any(|device| device.intersect(self.block).is_some()) {
             return;
         }
+        let named = |page: GuestRange| {
+            let behind = dumped.partition_point(|range| range.start() < page.end());
+            let last = behind.checked_sub(1).and_then(|index| dumped.get(index));
+            last.is_some_and(|range| range.end() > page.start())
+        };
         for (page, state) in pages(self.block).zip(&mut self.states) {
-            let unplugged = pluggable.iter().any(|device| device.covers(page))
-                && !dumped.iter().any(|range| range.intersect(page).is_some());
-            if unplugged && *state == from {
+            if *state == from && pluggable.iter().any(|device| device.covers(page)) && !named(page)
+            {
                 *state = PageState::Discarded;
             }
         }

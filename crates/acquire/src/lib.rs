@@ -225,9 +225,9 @@ pub fn acquire(request: &Request, tell: &dyn Observer, stop: &Stop) -> Result<Do
     if run.end.is_none() {
         run.capture(request, &looked, &plan, &mut guarded, &mut guardian, &log, tell, stop); // capture
     }
-    run.asides(&looked, &guarded, &log);
     run.map_again(&looked, &mut guardian, &log, &began, tell);
     run.part(guardian, &log, tell);
+    run.asides(request, &looked, &guarded, &log, tell, stop);
     let sealed = run.seal(request, &plan, &mut guarded, &log, tell, &stop.next());
     run.exhibit(request, &looked, &plan, guarded, sealed, &log, &began) // exhibit
 }
@@ -251,6 +251,8 @@ struct Run {
     run_state_after: Option<String>,
     /// What was done with each region, and with what is hidden.
     decisions: Vec<manifest::Decided>,
+    /// Why the guest's memory is hidden from the host, if it is.
+    ciphertext: Option<String>,
     /// Files beside the image.
     files: Vec<FileRecord>,
     /// What the head of QEMU's dump names, where it was had for the registers: of virtio-mem what is plugged in.
@@ -325,6 +327,7 @@ impl Run {
             map_difference: None,
             run_state_after: None,
             decisions: looked.asides.iter().map(|aside| aside.decided.clone()).collect(),
+            ciphertext: looked.facts.confidential.clone(),
             files: Vec::new(),
             dumped: None,
             amount: looked.amount.clone(),
@@ -596,9 +599,7 @@ impl Run {
         let Some(at_most_ns) = plan.registers_ns else { return };
         match stream::dump_head(guardian, Duration::from_nanos(at_most_ns)) {
             Ok(read) => {
-                let memory = read.head.memory.iter();
-                self.dumped =
-                    Some(memory.filter_map(|&(at, len)| GuestRange::new(at, len)).collect());
+                self.dumped = Some(read.head.ranges());
                 let registers = dump::registers_of(&read, log, &looked.located);
                 self.changes.push(record::registers_change(&registers));
                 self.readers_rights.push(read.rights);
@@ -742,17 +743,41 @@ impl Run {
     }
 
     /// Reads what is not in the image and has files of its own.
-    fn asides(&mut self, looked: &Looked, guarded: &Guarded, log: &Log) {
-        if self.end.is_some() || looked.located.unseen.is_some() {
-            let why = match &self.end {
-                Some(_) => "the acquisition ended before",
-                None => "QEMU's process may not be looked at",
-            };
-            aside::none(&mut self.decisions, why);
+    fn asides(
+        &mut self,
+        request: &Request,
+        looked: &Looked,
+        guarded: &Guarded,
+        log: &Log,
+        tell: &dyn Observer,
+        stop: &Stop,
+    ) {
+        if self.end.is_some() {
+            aside::none(&mut self.decisions, "the acquisition ended before");
             return;
         }
-        (self.decisions, self.files) = aside::read(&looked.asides, looked, log, guarded);
+        let asides = aside::read(&looked.asides, looked, request, log, guarded, stop);
+        let text = |what: &manifest::Decided, why: &str| {
+            format!("{} {:?} at {:#x}: {why}", what.kind, what.name, what.gpa)
+        };
+        for (planned, came) in looked.asides.iter().zip(&asides.decided) {
+            let warning = match (planned.place.is_some(), came.taken, came.known) {
+                (true, manifest::Taken::Nowhere, _) => text(came, &came.why),
+                (true, _, false) => {
+                    text(came, "some of it could not be read, and is zeros in its file")
+                }
+                _ => continue,
+            };
+            tell.event(Event::Warning { text: warning.clone() });
+            self.warnings.push(warning);
+        }
+        if asides.stopped {
+            self.end.get_or_insert(Ending::Interrupted);
+        }
+        (self.decisions, self.files) = (asides.decided, asides.files);
         log.add("asides", json!({ "files": self.files.len() }));
+        // The last read was one of these.
+        self.after = Measure::take(&looked.target.process);
     }
 
     /// Takes out the blocks of regions that are left out on request, so that nobody reads them.
@@ -1039,10 +1064,13 @@ impl Run {
         match (self.disturbances.first(), unreadable, excluded) {
             (Some(what), ..) => Ending::Losses(format!("meanwhile {what}")),
             (None, 1.., _) => Ending::Losses(format!("{unreadable} bytes could not be read")),
-            (None, 0, 1..) => {
-                Ending::Losses(format!("{excluded} bytes were left out on request (--exclude)"))
-            }
-            (None, 0, 0) => Ending::Complete,
+            (None, 0, 1..) => Ending::Losses(format!(
+                "{excluded} bytes were left out on request (--exclude, --swap skip)"
+            )),
+            (None, 0, 0) => match &self.ciphertext {
+                Some(what) => Ending::Losses(plan::ciphertext(what)),
+                None => Ending::Complete,
+            },
         }
     }
 

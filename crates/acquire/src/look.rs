@@ -187,7 +187,7 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
         return Err(Failure::Refused(refusal_of(&facts, request)));
     };
     let amount = amount::before(&view, &asked.balloon);
-    let asides = aside::decide(&view, &asked.hidden, &request.wish);
+    let mut asides = aside::decide(&view, &asked.hidden, &request.wish);
     if let Err(why) = &asked.balloon {
         warnings.push(format!("the balloon is not known: {why}"));
     }
@@ -195,6 +195,10 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
     if request.wish.swap == SwapWish::Skip {
         memory.leave_swapped();
     }
+    if located.unseen.is_some() {
+        asides.iter_mut().for_each(|aside| aside.leave("QEMU's process may not be looked at"));
+    }
+    warnings.extend(aside::warnings(&asides, &request.wish));
     let blocks = evidence::block::cut(&located.map).map_err(|error| {
         Failure::Refused(Refusal {
             reason: error.to_string(),

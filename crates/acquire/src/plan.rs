@@ -784,6 +784,10 @@ fn registers(facts: &Facts, wish: &Wish, method: Method) -> Result<Option<u64>, 
     if !wish.registers || method == Method::Dump {
         return Ok(None);
     }
+    if facts.confidential.is_some() {
+        let reason = "no registers: dump is not tried on a confidential guest";
+        return Err(Refusal::new(reason, &["leave --registers out"]));
+    }
     can_dump(facts).map_err(|refusal| Refusal {
         reason: format!("no registers: {}", refusal.reason),
         rejected: Vec::new(),
@@ -1793,6 +1797,8 @@ mod tests {
         );
         let dump = Wish { method: Some(Method::Dump), ..accept };
         refused(&hidden, &dump, "not tried on a confidential guest");
+        let registers = Wish { registers: true, accept_ciphertext: true, ..live() };
+        refused(&hidden, &registers, "not tried on a confidential guest");
     }
 
     #[test]

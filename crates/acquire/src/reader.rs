@@ -147,6 +147,16 @@ pub struct Head {
     pub guest_note: bool,
 }
 
+impl Head {
+    /// The memory, sorted.
+    pub fn ranges(&self) -> Vec<GuestRange> {
+        let ranges = self.memory.iter().filter_map(|&(at, len)| GuestRange::new(at, len));
+        let mut ranges: Vec<GuestRange> = ranges.collect();
+        ranges.sort_unstable();
+        ranges
+    }
+}
+
 /// The process.
 pub fn run(channel: Channel) -> ExitCode {
     match serve(channel) {

@@ -513,7 +513,7 @@ impl GuestMemory {
         for (way, entry) in ways.iter_mut().zip(&*entries) {
             *way = match held.mapping {
                 Mapping::SharedHugetlb => Way::File,
-                _ if self.leaves_swapped && entry.swapped() => Way::Left,
+                _ if self.leaves_swapped && entry.in_swap_area() => Way::Left,
                 _ if entry.kept() => Way::Process,
                 Mapping::PrivateFile | Mapping::PrivateHugetlb => Way::File,
                 Mapping::Anonymous | Mapping::Shared => Way::Hole,

@@ -27,6 +27,13 @@ impl Entry {
         self.0 >> 62 & 1 == 1
     }
 
+    /// In one of the host's swap areas: bits 0-4 name it. The kernel's own kinds of entries (a page that is being
+    /// moved, one that the memory controller has given up, a marker) have the last of the 32 numbers, nine of them
+    /// at most (include/linux/swap.h). Whoever is shown no frame numbers is shown none of these either.
+    pub fn in_swap_area(self) -> bool {
+        self.swapped() && self.0 & 31 < 23
+    }
+
     /// Bit 61: the page belongs to a file or is shared anonymous memory.
     pub fn of_file(self) -> bool {
         self.0 >> 61 & 1 == 1

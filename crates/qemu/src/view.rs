@@ -165,10 +165,14 @@ impl GuestView {
             let drawn = draw(qmp, timeout, &texts);
             // A contradiction may only mean that the guest changed the map between two answers.
             let again = Texts::take(qmp, timeout)?;
-            if texts.is_as(&again) {
-                return drawn;
+            let layout = texts.memory == again.memory && texts.ramblock == again.ramblock;
+            // Sizes may move on: a view is of one moment, and its own sizes were held against it.
+            let sizes = texts.size == again.size && texts.devices == again.devices;
+            match drawn {
+                Ok(view) if layout => return Ok(view),
+                Err(error) if layout && sizes => return Err(error),
+                _ => std::thread::sleep(PAUSE),
             }
-            std::thread::sleep(PAUSE);
         }
         Err(ViewError::Restless)
     }
@@ -216,11 +220,6 @@ impl Texts {
         let mut facts = Facts::of(qmp, timeout);
         let (size, devices) = (facts.memory_size()?, facts.memory_devices()?);
         Ok(Self { mtree, memory, ramblock, size, devices })
-    }
-
-    fn is_as(&self, other: &Self) -> bool {
-        let texts = self.memory == other.memory && self.ramblock == other.ramblock;
-        texts && self.size == other.size && self.devices == other.devices
     }
 }
 

@@ -416,7 +416,12 @@ pub(super) fn audit(
                 break;
             }
             let (new, old, states) = scratch.parts(*at);
-            let same = work.source.read(*at, new, states).is_ok()
+            let read = work.source.read(*at, new, states).is_ok();
+            if read && states.contains(&PageState::Excluded) {
+                // It went into swap meanwhile, and is left there.
+                continue;
+            }
+            let same = read
                 && states.iter().all(|state| *state == PageState::Data)
                 && same(number, new, old);
             if !same {
@@ -499,9 +504,24 @@ fn again(
         for run in page_runs(cell.block, |page| states.get(page).is_some_and(is_hole)) {
             new[run].fill(0);
         }
-        if let Some((changed, first)) = keep_again(work.store, cell, new, old, |_| true)? {
+        let (before, left) = (cell.states.clone(), PageState::Excluded);
+        // What was left in swap, this time or the time before, was not read twice.
+        let twice =
+            |page: usize| states.get(page) != Some(&left) && before.get(page) != Some(&left);
+        if let Some((changed, first)) = keep_again(work.store, cell, new, old, twice)? {
             cell.first = Some(Box::new(first));
             cell.changed = Some(Box::new(changed));
+        }
+        if before.contains(&left) || states.contains(&left) {
+            let came = |page: usize| {
+                before.get(page) == Some(&left) && states.get(page) == Some(&PageState::Data)
+            };
+            put(work.store, cell.block, new, came)?;
+            for (state, before) in states.iter_mut().zip(&before) {
+                if *state == left {
+                    *state = *before;
+                }
+            }
         }
     }
     cell.states.copy_from_slice(states);
