@@ -91,7 +91,8 @@ fn change(event: &Told) -> Option<BalloonChange> {
     Some(BalloonChange { utc_us: event.utc_us, bytes })
 }
 
-fn plugged(device: &MemoryDevice) -> Plugged {
+/// A memory device, as the record has it.
+pub(crate) fn plugged(device: &MemoryDevice) -> Plugged {
     Plugged {
         kind: device.device_type.word().to_owned(),
         id: device.id.clone(),

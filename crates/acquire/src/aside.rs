@@ -22,6 +22,7 @@ use host::source::Source as _;
 use host::{GuestMemory, Process};
 use qemu::GuestView;
 use qemu::graph::Hidden;
+use qemu::view::ViewRegion;
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -36,6 +37,9 @@ const MAX_HIDDEN: usize = 4096;
 /// The longest that one of the pieces may be that are taken unasked, in bytes: what is hidden of an ordinary machine is a few
 /// MiB, and flash no more than 64.
 const MAX_UNASKED: u64 = 1 << 30;
+
+/// The kind of memory that lies under something else, as the record has it.
+const HIDDEN: &str = "hidden";
 
 /// Why hidden memory is not read of which nothing is lost by that.
 const SEEN: &str = "the guest sees the same bytes at";
@@ -53,51 +57,37 @@ pub struct Aside {
 pub fn decide(view: &GuestView, hidden: &Result<Vec<Hidden>, String>, wish: &Wish) -> Vec<Aside> {
     let mut asides: Vec<Aside> =
         view.regions.iter().map(|place| region(view, place, wish)).collect();
-    match hidden {
-        Ok(hidden) => {
-            asides.extend(hidden.iter().take(MAX_HIDDEN).map(|one| beneath(view, one, wish)));
-            if let Some(more) = hidden.len().checked_sub(MAX_HIDDEN).filter(|&more| more > 0) {
-                asides.push(unknown(format!("{more} more pieces that lie under something else")));
-            }
+    let (hidden, unknown) = match hidden {
+        Ok(all) => {
+            let more = all.len().saturating_sub(MAX_HIDDEN);
+            let text = format!("{more} more pieces that lie under something else");
+            (all.as_slice(), (more > 0).then_some(text))
         }
-        Err(why) => {
-            asides.push(unknown(format!("what lies under something else is not known: {why}")))
-        }
-    }
-    let mut names = HashSet::new();
-    for aside in asides.iter_mut().filter(|aside| aside.decided.taken == Taken::File) {
-        if names.len() == MAX_FILES {
-            leave_out(aside, format!("more than {MAX_FILES} pieces"));
-        }
-        // Two regions of one name may begin at one address.
-        let number = names.len();
-        if let Some(name) = &mut aside.decided.file
-            && !names.insert(name.clone())
-        {
-            *name = format!("{}-{number}.bin", name.trim_end_matches(".bin"));
-            names.insert(name.clone());
-        }
-    }
+        Err(why) => (&[][..], Some(format!("what lies under something else is not known: {why}"))),
+    };
+    asides.extend(hidden.iter().take(MAX_HIDDEN).map(|one| beneath(view, one, wish)));
+    asides.extend(unknown.map(|why| Aside::of(HIDDEN, "", (0, 0), 0, why)));
+    name_files(&mut asides);
     asides
 }
 
-/// Memory of which nothing more is known than that it is not read.
-fn unknown(why: String) -> Aside {
-    Aside {
-        decided: Decided {
-            gpa: 0,
-            len: 0,
-            kind: "hidden".to_owned(),
-            name: String::new(),
-            offset: 0,
-            under: None,
-            taken: Taken::Nowhere,
-            file: None,
-            why,
-            read: None,
-            known: false,
-        },
-        place: None,
+/// Gives each file a name of its own: regions of one name may begin at one address.
+fn name_files(asides: &mut [Aside]) {
+    let mut names = HashSet::new();
+    for aside in asides.iter_mut().filter(|aside| aside.place.is_some()) {
+        if names.len() == MAX_FILES {
+            leave_out(aside, format!("more than {MAX_FILES} pieces"));
+            continue;
+        }
+        let stem = file_stem(&aside.decided);
+        let mut name = format!("{stem}.bin");
+        for number in 2.. {
+            if names.insert(name.clone()) {
+                break;
+            }
+            name = format!("{stem}-{number}.bin");
+        }
+        aside.decided.file = Some(name);
     }
 }
 
@@ -106,7 +96,7 @@ pub fn warnings(asides: &[Aside], wish: &Wish) -> Vec<String> {
     let wanted = |kind: &str| match kind {
         "nvdimm" => wish.wants(Part::Nvdimm),
         "romd" => wish.wants(Part::Romd),
-        "hidden" => wish.wants(Part::Hidden),
+        HIDDEN => wish.wants(Part::Hidden),
         _ => false,
     };
     let lost = |decided: &&Decided| decided.taken == Taken::Nowhere && wanted(&decided.kind);
@@ -120,6 +110,15 @@ pub fn warnings(asides: &[Aside], wish: &Wish) -> Vec<String> {
 }
 
 impl Aside {
+    /// A piece of memory, by kind, name, address with length, and offset, that is not read for this reason.
+    fn of(kind: &str, name: &str, (gpa, len): (u64, u64), offset: u64, why: String) -> Self {
+        let (kind, name) = (kind.to_owned(), name.to_owned());
+        let (under, taken, file, read, known) = (None, Taken::Nowhere, None, None, false);
+        let decided =
+            Decided { gpa, len, kind, name, offset, under, taken, file, why, read, known };
+        Self { decided, place: None }
+    }
+
     /// It is not read after all.
     pub fn leave(&mut self, why: &str) {
         if self.place.is_some() {
@@ -136,10 +135,19 @@ pub fn bytes(asides: &[Aside]) -> u64 {
 
 /// Nothing beside the image is read: the decisions say so.
 pub fn none(decisions: &mut [Decided], why: &str) {
-    for decided in decisions.iter_mut().filter(|decided| decided.taken == Taken::File) {
-        (decided.taken, decided.file) = (Taken::Nowhere, None);
-        decided.why = format!("not read: {why}");
-    }
+    let beside = |decided: &&mut Decided| decided.taken == Taken::File;
+    decisions.iter_mut().filter(beside).for_each(|decided| drop_it(decided, why));
+}
+
+/// There is no image: the decisions say so.
+pub fn no_image(decisions: &mut [Decided]) {
+    let imaged = |decided: &&mut Decided| matches!(decided.taken, Taken::Image | Taken::Excluded);
+    decisions.iter_mut().filter(imaged).for_each(|one| drop_it(one, "there is no image"));
+}
+
+fn drop_it(decided: &mut Decided, why: &str) {
+    (decided.taken, decided.file) = (Taken::Nowhere, None);
+    decided.why = format!("not read: {why}");
 }
 
 fn leave_out(aside: &mut Aside, why: String) {
@@ -173,53 +181,34 @@ fn part(kind: Kind) -> Option<Part> {
     }
 }
 
-fn region(view: &GuestView, place: &qemu::view::ViewRegion, wish: &Wish) -> Aside {
+fn region(view: &GuestView, place: &ViewRegion, wish: &Wish) -> Aside {
     let region = &place.region;
-    let wanted = part(region.kind).is_none_or(|part| wish.wants(part));
-    let taken = match region.kind {
-        Kind::RamDevice => Taken::Nowhere,
-        kind if kind.in_image() => {
-            if wanted {
-                Taken::Image
-            } else {
-                Taken::Excluded
+    let (kind, why) = (region.kind, why(region.kind).to_owned());
+    let at = (region.gpa, region.len);
+    let mut aside = Aside::of(kind.word(), &region.name, at, region.block_offset, why);
+    let part = part(kind);
+    match part {
+        Some(part) if !wish.wants(part) => {
+            if kind.in_image() {
+                aside.decided.taken = Taken::Excluded;
+            }
+            match wish.excluded(part) {
+                true => aside.decided.why = format!("--exclude {}", part.word()),
+                false => {
+                    aside.decided.why.push_str(&format!("; --include {} takes it", part.word()));
+                }
             }
         }
-        _ if wanted => Taken::File,
-        _ => Taken::Nowhere,
-    };
-    let mut aside = Aside {
-        decided: Decided {
-            gpa: region.gpa,
-            len: region.len,
-            kind: region.kind.word().to_owned(),
-            name: region.name.clone(),
-            offset: region.block_offset,
-            under: None,
-            taken,
-            file: None,
-            why: why(region.kind).to_owned(),
-            read: None,
-            known: false,
-        },
-        place: None,
-    };
-    match (taken, part(region.kind)) {
-        (Taken::Excluded, Some(part)) => aside.decided.why = format!("--exclude {}", part.word()),
-        (Taken::Nowhere, Some(part)) if wish.excluded(part) => {
-            aside.decided.why = format!("--exclude {}", part.word());
-        }
-        (Taken::Nowhere, Some(part)) => {
-            aside.decided.why = format!("{}; --include {} takes it", why(region.kind), part.word());
-        }
-        (Taken::File, _) => at(&mut aside, block_address(view, place), wish),
-        _ => {}
+        _ if kind.in_image() => aside.decided.taken = Taken::Image,
+        Some(_) => put_aside(&mut aside, block_address(view, place), wish),
+        // A passed-through device's.
+        None => {}
     }
     aside
 }
 
 /// Where QEMU's process has a region that is not in the image: by its RAMBlock's address.
-fn block_address(view: &GuestView, place: &qemu::view::ViewRegion) -> Result<u64, String> {
+fn block_address(view: &GuestView, place: &ViewRegion) -> Result<u64, String> {
     let block = place.block_index.and_then(|index| view.blocks.get(index));
     let block = block.ok_or("which RAMBlock it is is not certain")?;
     let base = block.hva.ok_or("this QEMU does not tell where the RAMBlock lies (since 8.0)")?;
@@ -235,28 +224,16 @@ fn within(base: u64, offset: u64, len: u64, total: u64) -> Result<u64, String> {
 }
 
 fn beneath(view: &GuestView, hidden: &Hidden, wish: &Wish) -> Aside {
-    let mut aside = Aside {
-        decided: Decided {
-            gpa: hidden.gpa,
-            len: hidden.len,
-            kind: "hidden".to_owned(),
-            name: hidden.name.clone(),
-            offset: hidden.offset,
-            under: hidden.by.clone(),
-            taken: Taken::File,
-            file: None,
-            why: "the guest does not see it: something else answers there".to_owned(),
-            read: None,
-            known: false,
-        },
-        place: None,
-    };
+    let why = "the guest does not see it: something else answers there".to_owned();
+    let at = (hidden.gpa, hidden.len);
+    let mut aside = Aside::of(HIDDEN, &hidden.name, at, hidden.offset, why);
+    aside.decided.under = hidden.by.clone();
     if let Some(shown_at) = hidden.shown_at {
         leave_out(&mut aside, format!("{SEEN} {shown_at:#x}"));
     } else if !wish.wants(Part::Hidden) {
         leave_out(&mut aside, format!("--exclude {}", Part::Hidden.word()));
     } else {
-        at(&mut aside, seen_address(view, hidden), wish);
+        put_aside(&mut aside, seen_address(view, hidden), wish);
     }
     aside
 }
@@ -272,6 +249,7 @@ fn seen_address(view: &GuestView, hidden: &Hidden) -> Result<u64, String> {
             Some((place.hva?.checked_sub(place.region.block_offset)?, place.block_index?))
         })
         .collect();
+    bases.sort_unstable();
     bases.dedup();
     let [(base, index)] = bases[..] else {
         return Err("no other piece of it is seen, so where it lies is not certain".to_owned());
@@ -281,28 +259,29 @@ fn seen_address(view: &GuestView, hidden: &Hidden) -> Result<u64, String> {
 }
 
 /// Gives the aside its place, or leaves it out.
-fn at(aside: &mut Aside, hva: Result<u64, String>, wish: &Wish) {
-    let Decided { gpa, len, kind, name, .. } = &aside.decided;
-    let place = GuestRange::new(*gpa, *len).ok_or_else(|| "its addresses wrap".to_owned());
+fn put_aside(aside: &mut Aside, hva: Result<u64, String>, wish: &Wish) {
+    let Decided { gpa, len, kind, .. } = &aside.decided;
     let asked = wish.include.iter().any(|part| part.word() == kind);
-    let place = hva.and_then(|hva| Ok(Place { range: place?, hva })).and_then(|place| {
-        match *len > MAX_UNASKED && !asked {
-            true => Err(format!("longer than the {MAX_UNASKED} bytes that are taken unasked")),
-            false => Ok(place),
+    let place = match (hva, GuestRange::new(*gpa, *len)) {
+        (Err(why), _) => Err(why),
+        (Ok(_), None) => Err("its addresses wrap".to_owned()),
+        (Ok(_), Some(range)) if range.len() > MAX_UNASKED && !asked => {
+            Err(format!("longer than the {MAX_UNASKED} bytes that are taken unasked"))
         }
-    });
-    let file = file_name(kind, *gpa, name);
+        (Ok(hva), Some(range)) => Ok(Place { range, hva }),
+    };
     match place {
-        Ok(place) => (aside.place, aside.decided.file) = (Some(place), Some(file)),
+        Ok(place) => (aside.place, aside.decided.taken) = (Some(place), Taken::File),
         Err(why) => leave_out(aside, why),
     }
 }
 
-/// `hidden-0xa0000-pc.ram.bin`: what may not stand in a file's name becomes `_`.
-fn file_name(kind: &str, gpa: u64, name: &str) -> String {
+/// `hidden-0xa0000-pc.ram`: what may not stand in a file's name becomes `_`.
+fn file_stem(decided: &Decided) -> String {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let name: String = name.chars().map(|c| if fits(c) { c } else { '_' }).take(64).collect();
-    format!("{kind}-{gpa:#x}-{name}.bin")
+    let name = decided.name.chars().map(|c| if fits(c) { c } else { '_' });
+    let name: String = name.take(64).collect();
+    format!("{}-{:#x}-{name}", decided.kind, decided.gpa)
 }
 
 /// What was read beside the image.
@@ -311,7 +290,7 @@ pub struct Read {
     pub decided: Vec<Decided>,
     /// The files.
     pub files: Vec<FileRecord>,
-    /// The operator ended it.
+    /// The operator ended it before all was read.
     pub stopped: bool,
 }
 
@@ -336,12 +315,15 @@ pub fn read(
                     aside.decided.known = known;
                     all.files.push(record);
                 }
-                Err(why) => leave_out(&mut aside, why),
+                Err(why) => {
+                    // That the operator stops later is for those who seal.
+                    all.stopped |= stop.asked();
+                    leave_out(&mut aside, why);
+                }
             }
         }
         all.decided.push(aside.decided);
     }
-    all.stopped = stop.asked();
     all
 }
 
@@ -416,11 +398,47 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_files_name_is_one_component() {
-        let name = file_name("hidden", 0xa_0000, "../pc ram/\u{1b}[1m");
-        assert_eq!(name, "hidden-0xa0000-.._pc_ram___1m.bin");
-        assert!(evidence::exhibit::is_file_name(&name));
-        assert!(evidence::exhibit::is_file_name(&file_name("romd", u64::MAX, &"x".repeat(500))));
+    fn each_file_has_a_name_of_its_own_that_is_one_component() {
+        let piece = |name: &str, gpa| {
+            let mut aside = Aside::of(HIDDEN, name, (gpa, 0x1000), 0, String::new());
+            put_aside(&mut aside, Ok(0x7000), &Wish::default());
+            aside
+        };
+        let mut asides = vec![
+            piece("../pc ram/\u{1b}[1m", 0xa_0000),
+            piece("vga", 0),
+            piece("vga", 0),
+            piece("vga-2", 0),
+            piece("vga", 0),
+            piece(&"x".repeat(500), u64::MAX - 0xfff),
+        ];
+        name_files(&mut asides);
+        let names: Vec<_> =
+            asides.iter().filter_map(|aside| aside.decided.file.as_deref()).collect();
+        assert!(names.iter().all(|name| evidence::exhibit::is_file_name(name)), "{names:?}");
+        let start = [
+            "hidden-0xa0000-.._pc_ram___1m.bin",
+            "hidden-0x0-vga.bin",
+            "hidden-0x0-vga-2.bin",
+            "hidden-0x0-vga-2-2.bin",
+            "hidden-0x0-vga-3.bin",
+        ];
+        assert_eq!(names[..5], start);
+        let mut many: Vec<_> = (0..300).map(|n| piece("x", n << 12)).collect();
+        name_files(&mut many);
+        let named = many.iter().filter(|aside| aside.decided.file.is_some()).count();
+        let left = many.iter().filter(|aside| aside.decided.taken == Taken::Nowhere).count();
+        assert_eq!((named, left), (MAX_FILES, 300 - MAX_FILES));
+    }
+
+    #[test]
+    fn what_is_long_is_taken_only_when_it_is_asked_for() {
+        let asked = Wish { include: vec![Part::Hidden], ..Wish::default() };
+        for (wish, taken) in [(Wish::default(), Taken::Nowhere), (asked, Taken::File)] {
+            let mut aside = Aside::of(HIDDEN, "x", (0, MAX_UNASKED + 1), 0, String::new());
+            put_aside(&mut aside, Ok(0x7000), &wish);
+            assert_eq!((aside.decided.taken, aside.place.is_some()), (taken, taken == Taken::File));
+        }
     }
 
     #[test]

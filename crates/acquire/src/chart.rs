@@ -10,6 +10,7 @@ use crate::map::{self, Located};
 use crate::monitor::{Asked, Monitor, VmFacts};
 use crate::plan::{self, Facts, TAINT};
 use crate::{Failure, Request, amount, aside, told};
+use evidence::manifest::Plugged;
 use evidence::map::Mapping;
 use evidence::range::hex;
 use evidence::{GuestRange, Kind, Region};
@@ -18,7 +19,7 @@ use host::guest_memory::Usage;
 use host::numa::{self, NumaMap};
 use qemu::facts::{MemoryDevice, MemorySize};
 use qemu::graph::{Comparison, Graph, Hidden};
-use qemu::{Balloon, FlatViews, RamBlock};
+use qemu::{Balloon, RamBlock};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -41,7 +42,7 @@ pub struct Chart {
     /// QEMU's RAMBlocks.
     pub blocks: Vec<Block>,
     /// The memory devices.
-    pub devices: Vec<Device>,
+    pub devices: Vec<Plugged>,
     /// Pages of the process that KSM has merged; null when the kernel does not say, or this user may not look.
     pub ksm_pages: Option<u64>,
     /// QEMU's graph; null when its text is not understood: see `warnings`.
@@ -114,37 +115,6 @@ pub struct Block {
     pub nodes: Option<BTreeMap<u32, u64>>,
 }
 
-/// A memory device.
-#[derive(Clone, Debug, Serialize)]
-pub struct Device {
-    /// QEMU's word: `dimm`, `virtio-mem`.
-    pub device: String,
-    /// The user's id.
-    pub id: Option<String>,
-    /// Guest-physical address.
-    #[serde(serialize_with = "hex::optional")]
-    pub addr: Option<u64>,
-    /// Bytes that it gives the guest now.
-    pub size_bytes: Option<u64>,
-    /// virtio-mem: bytes that it can give.
-    pub max_bytes: Option<u64>,
-    /// Object path of its backend.
-    pub backend: Option<String>,
-}
-
-impl From<&MemoryDevice> for Device {
-    fn from(device: &MemoryDevice) -> Self {
-        Self {
-            device: device.device_type.word().to_owned(),
-            id: device.id.clone(),
-            addr: device.addr,
-            size_bytes: device.size,
-            max_bytes: device.max_size,
-            backend: device.memdev.clone(),
-        }
-    }
-}
-
 /// A way to the map.
 #[derive(Clone, Debug, Serialize)]
 pub struct Route {
@@ -210,7 +180,7 @@ pub fn chart(vm: &str, probe: Option<Duration>, host_nodes: bool) -> Result<Char
         qemu: asked.vm,
         size: located.view.size,
         balloon: more.balloon.ok().flatten(),
-        devices: located.view.devices.iter().map(Device::from).collect(),
+        devices: located.view.devices.iter().map(amount::plugged).collect(),
         regions: regions(&located, &usage, &nodes),
         routes: routes(&located, &compared, more.arithmetic, probe.as_ref()),
         hidden: compared.ok().map(|compared| compared.hidden),
@@ -263,8 +233,7 @@ pub(crate) struct More {
 
 fn compare(graph: &Result<Graph, String>, located: &Located) -> Result<Comparison, String> {
     let graph = graph.as_ref().map_err(|why| format!("QEMU's graph: {why}"))?;
-    let views = FlatViews::parse(&located.view.mtree).map_err(|error| told(&error))?;
-    graph.compare(&views.memory().map_err(|error| told(&error))?.entries)
+    graph.against(&located.view.mtree)
 }
 
 fn regions(located: &Located, usage: &[Usage], nodes: &Nodes) -> Vec<Charted> {

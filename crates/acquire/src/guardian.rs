@@ -216,7 +216,7 @@ pub fn undo(
                     };
                     let monitor = match monitor {
                         Some(monitor) => monitor,
-                        None => monitor.insert(Monitor::open(&whom, notes)?),
+                        None => monitor.insert(Monitor::open_at_once(&whom, notes)?),
                     };
                     match line {
                         Line::Snapshot { found, begun, let_be, .. } => {

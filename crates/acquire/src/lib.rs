@@ -1098,7 +1098,10 @@ impl Run {
         if let Some((record, text)) = &self.map_after {
             guarded.write(&record.file, text).map_err(|e| fail(Box::new(e)))?;
         }
-        let mut attachments = std::mem::take(&mut self.files);
+        if sealed.is_none() {
+            aside::no_image(&mut self.decisions);
+        }
+        let mut attachments = self.files;
         if !self.device_state.is_empty() {
             let state = &self.device_state;
             guarded.write(exhibit::DEVICE_STATE, state).map_err(|e| fail(Box::new(e)))?;

@@ -210,13 +210,13 @@ pub fn look(request: &Request, target: Target, asked: Asked, log: &Log) -> Resul
     let qemu = FromQemu {
         vm: &asked.vm,
         confidential: asked.confidential,
+        aside_bytes: aside::bytes(&asides),
         migration: asked.migration,
         watchdogs: asked.watchdogs,
         snapshots: asked.snapshots.is_some(),
         block_jobs: asked.block_jobs,
     };
-    let mut facts = facts(request, &target, qemu, &located, &memory, &resident)?;
-    facts.aside_bytes = aside::bytes(&asides);
+    let facts = facts(request, &target, qemu, &located, &memory, &resident)?;
     log.add("mapped", json!({ "regions": located.map.regions().len(), "facts": facts }));
     if asked.snapshots == Some(true) {
         warnings.push(
@@ -247,6 +247,8 @@ pub(crate) fn refusal_of(facts: &Facts, request: &Request) -> Refusal {
 struct FromQemu<'a> {
     vm: &'a VmFacts,
     confidential: Option<String>,
+    /// Of what lies beside the image.
+    aside_bytes: u64,
     migration: Option<String>,
     watchdogs: Vec<String>,
     snapshots: bool,
@@ -294,8 +296,7 @@ fn facts(
         reserve_bytes: resident.iter().map(|block| block.len()).sum(),
         swapped_bytes: usage.iter().map(|u| u.swapped).sum(),
         swapped_shared_bytes: swapped_shared(memory, &usage),
-        // Known to the caller.
-        aside_bytes: 0,
+        aside_bytes: qemu.aside_bytes,
         available_bytes: host::memory::host_memory()?.available,
         ram_limit_bytes: limit.bytes,
         ram_limit_by: limit.bound.to_string(),

@@ -11,7 +11,7 @@ use crate::told;
 use qemu::facts::{BlockTimes, Dump, Facts, Migration};
 use qemu::graph::{Graph, Hidden};
 use qemu::qmp::{Capability, Change, Exchange};
-use qemu::{FlatViews, GuestView, Qmp, QmpError};
+use qemu::{GuestView, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::os::fd::BorrowedFd;
@@ -192,10 +192,22 @@ impl Monitor {
     /// # Errors
     /// [`AskError::Monitor`], within 5 seconds unless the VM has more than four monitors.
     pub fn open(whom: &Whom, notes: &Notes) -> Result<Self, AskError> {
+        Self::open_within(whom, one_of(whom.sockets.len()), notes)
+    }
+
+    /// The same for a guest that may stand meanwhile: where there are several, the next one is tried after a second.
+    ///
+    /// # Errors
+    /// As [`Monitor::open`].
+    pub fn open_at_once(whom: &Whom, notes: &Notes) -> Result<Self, AskError> {
+        Self::open_within(whom, ONE_OF_MANY, notes)
+    }
+
+    fn open_within(whom: &Whom, wait: Duration, notes: &Notes) -> Result<Self, AskError> {
         if let Some(domain) = &whom.through {
             return through(whom, domain, notes).map_err(AskError::Monitor);
         }
-        let wait = match whom.sockets.as_slice() {
+        match whom.sockets.as_slice() {
             [] => {
                 return Err(AskError::Monitor(format!(
                     "{:?} (PID {}) has no QMP socket on its command line, and the map must come \
@@ -210,8 +222,8 @@ impl Monitor {
                 let qmp = connect(whom, path, ONLY_ONE, notes).map_err(|e| cannot(told(&e)))?;
                 return identified(qmp, whom.pid).map_err(AskError::Monitor);
             }
-            several => one_of(several.len()),
-        };
+            _ => {}
+        }
         let mut tried = Vec::new();
         for path in &whom.sockets {
             let found = connect(whom, path, wait, notes)
@@ -277,15 +289,19 @@ impl Monitor {
 
     /// What the graph has and the flat view does not show. That it is not known stands in nobody's way.
     fn hidden(&mut self, view: &GuestView) -> Result<Vec<Hidden>, String> {
-        let graph = Graph::take(&mut self.qmp, QUERY).map_err(|error| told(&error))?;
-        let graph = graph.map_err(|error| told(&error))?;
-        let views = FlatViews::parse(&view.mtree).map_err(|error| told(&error))?;
-        let compared = graph.compare(&views.memory().map_err(|error| told(&error))?.entries)?;
+        let graph = self.graph()?;
+        let compared = graph.against(&view.mtree)?;
         match compared.difference {
             // The guest has changed its machine meanwhile, as firmware does.
             Some(difference) => Err(difference),
             None => Ok(compared.hidden),
         }
+    }
+
+    /// QEMU's graph, or why it is not to be had.
+    fn graph(&mut self) -> Result<Graph, String> {
+        let graph = Graph::take(&mut self.qmp, QUERY).map_err(|error| told(&error))?;
+        graph.map_err(|error| told(&error))
     }
 
     /// The balloon. That QEMU does not tell stands in nobody's way.
@@ -304,10 +320,7 @@ impl Monitor {
     /// [`AskError::Map`].
     pub(crate) fn chart(&mut self, mut view: GuestView) -> Result<(GuestView, More), AskError> {
         for _ in 0..CHARTS {
-            let graph = match Graph::take(&mut self.qmp, QUERY) {
-                Ok(graph) => graph.map_err(|error| told(&error)),
-                Err(error) => Err(told(&error)),
-            };
+            let graph = self.graph();
             let mut facts = self.facts();
             let arithmetic = qemu::arithmetic::ram(&mut facts, &view.devices).map_err(|e| told(&e));
             let backend = facts.memory_backend().map_err(|error| told(&error));

@@ -176,6 +176,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_moved_or_given_up_is_in_no_swap_area() {
+        let swapped = |kind: u64| Entry(1 << 62 | 77 << 5 | kind);
+        assert!(swapped(0).in_swap_area() && swapped(3).in_swap_area());
+        // The last numbers are the kernel's own.
+        assert!(!swapped(30).in_swap_area() && !swapped(31).in_swap_area());
+        assert!(swapped(31).kept(), "it is read all the same");
+        assert!(!Entry(1 << 63 | 77).in_swap_area(), "it is in memory");
+    }
+
+    #[test]
     fn only_a_page_of_the_same_frame_that_was_not_written_is_as_before() {
         let present = |frame: u64, dirty: u64| Entry(1 << 63 | dirty << 55 | frame);
         let (absent, swapped) = (Entry(0), Entry(1 << 62 | 77));

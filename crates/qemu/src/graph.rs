@@ -21,7 +21,9 @@
 //! out, and what is in it is printed all the same, one step deeper than what is printed above it: so it is
 //! asked with `-D`. As with the flat views, what is not understood is an error that names the line.
 
-use crate::mtree::{Entry, Line, Lines, MtreeError, Object, RangeType, hex16, take_owners};
+use crate::mtree::{
+    Entry, FlatViews, Line, Lines, MtreeError, Object, RangeType, hex16, take_owners,
+};
 use crate::qmp::{Hmp, Qmp, QmpError};
 use evidence::GuestRange;
 use evidence::range::hex;
@@ -357,6 +359,15 @@ impl Graph {
         });
         let difference = self.unexplained(&memory, &unknown, entries).or(seen);
         Ok(Comparison { difference, hidden, unknown })
+    }
+
+    /// The same with the guest's memory in the text of `info mtree -f -o`.
+    ///
+    /// # Errors
+    /// As [`Graph::compare`], or why the text is not understood.
+    pub fn against(&self, mtree: &str) -> Result<Comparison, String> {
+        let views = FlatViews::parse(mtree).map_err(|error| error.to_string())?;
+        self.compare(&views.memory().map_err(|error| error.to_string())?.entries)
     }
 
     /// The first memory in the flat view that no region of the graph has there.

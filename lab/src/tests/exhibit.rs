@@ -6,13 +6,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread::sleep;
 use std::time::Duration;
 
 use lab::{Doing, Guest, Lab, Result, failed, runner};
 use serde_json::Value;
 
-use super::run::{Ended, is_slow};
+use super::run::{Ended, is_slow, too_slow, unless_slow};
 
 /// The formats of the image.
 pub(super) const FORMATS: [&str; 3] = ["elf", "raw", "lime"];
@@ -62,16 +61,14 @@ pub(super) fn acquire_at_best(
     let mut args = vec!["acquire", &vm, "--method", method, "--json", "-o"];
     args.push(out.to_str().unwrap_or_default());
     args.extend(flags);
-    let mut voids = 0;
-    let (run, done) = loop {
+    let (run, done) = unless_slow(|| {
         let run = lab.tool(&args)?;
         // Who says nothing in the end is told by how he ended.
         let last = run.stdout.lines().last().unwrap_or_default();
         let done: Value = serde_json::from_str(last).unwrap_or_default();
-        if !once_more(&done, &mut voids)? {
-            break (run, done);
-        }
-    };
+        void_if_slow(&done)?;
+        Ok((run, done))
+    })?;
     let code = run.status.code().filter(|code| codes.contains(code)).unwrap_or(0);
     run.expect_code(code)?;
     let dir = done["exhibit"].as_str().ok_or_else(|| failed(format_args!("done is {done}")))?;
@@ -80,33 +77,25 @@ pub(super) fn acquire_at_best(
     Ok(exhibit)
 }
 
-/// How often a run is made again: a tool that is always too slow fails.
-const VOIDS: u32 = 4;
-
-/// Whether a run is made again that ended with this last event: the machine was too slow for it. That is
-/// told, and what the run left is taken away.
-fn once_more(done: &Value, voids: &mut u32) -> Result<bool> {
-    if *voids == VOIDS || !is_slow(done) {
-        return Ok(false);
+/// Fails where the machine was too slow for a run that ended with this last event; what the run left is taken
+/// away.
+fn void_if_slow(done: &Value) -> Result<()> {
+    if !is_slow(done) {
+        return Ok(());
     }
-    println!("         void, and made again: {}", done["reason"]);
-    *voids += 1;
     if let Some(dir) = done["exhibit"].as_str() {
         fs::remove_dir_all(dir).doing("removing a void exhibit")?;
     }
-    sleep(Duration::from_secs(2));
-    Ok(true)
+    Err(too_slow(&done["reason"]))
 }
 
 /// The end of a `run` that the machine was not too slow for.
 pub(super) fn at_best(mut run: impl FnMut() -> Result<Ended>) -> Result<Ended> {
-    let mut voids = 0;
-    loop {
+    unless_slow(|| {
         let ended = run()?;
-        if !once_more(ended.events.last().unwrap_or(&Value::Null), &mut voids)? {
-            return Ok(ended);
-        }
-    }
+        void_if_slow(ended.events.last().unwrap_or(&Value::Null))?;
+        Ok(ended)
+    })
 }
 
 /// An image of a running guest by `live`, which must be torn: the control of those that must not be. A tool

@@ -468,7 +468,7 @@ fn failure_of(done: Option<&Value>, what: impl Display) -> Failure {
 }
 
 /// How often something is done again that the machine was too slow for: a tool that always is fails.
-const AGAIN: u32 = 5;
+const AGAIN: u32 = 4;
 
 /// Does `once`, and again while the machine is too slow for it.
 pub(super) fn unless_slow<T>(mut once: impl FnMut() -> Result<T>) -> Result<T> {
@@ -477,7 +477,7 @@ pub(super) fn unless_slow<T>(mut once: impl FnMut() -> Result<T>) -> Result<T> {
             Err(failure) if is_too_slow(&failure) => println!("         again: {failure}"),
             other => return other,
         }
-        sleep(Duration::from_secs(1));
+        sleep(Duration::from_secs(2));
     }
     once().doing(format_args!("after {AGAIN} in vain"))
 }

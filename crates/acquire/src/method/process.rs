@@ -498,36 +498,46 @@ fn again(
 ) -> Result<(), PassError> {
     let (new, old, states) = scratch.parts(cell.block);
     let span = work.read(cell.block, new, states)?;
-    let is_hole = |state: &PageState| *state == PageState::Hole;
-    // What was a hole and is one needs no look.
-    if !states.iter().chain(&cell.states).all(is_hole) {
-        for run in page_runs(cell.block, |page| states.get(page).is_some_and(is_hole)) {
-            new[run].fill(0);
-        }
-        let (before, left) = (cell.states.clone(), PageState::Excluded);
-        // What was left in swap, this time or the time before, was not read twice.
-        let twice =
-            |page: usize| states.get(page) != Some(&left) && before.get(page) != Some(&left);
-        if let Some((changed, first)) = keep_again(work.store, cell, new, old, twice)? {
-            cell.first = Some(Box::new(first));
-            cell.changed = Some(Box::new(changed));
-        }
-        if before.contains(&left) || states.contains(&left) {
-            let came = |page: usize| {
-                before.get(page) == Some(&left) && states.get(page) == Some(&PageState::Data)
-            };
-            put(work.store, cell.block, new, came)?;
-            for (state, before) in states.iter_mut().zip(&before) {
-                if *state == left {
-                    *state = *before;
-                }
-            }
-        }
-    }
+    second(work.store, cell, new, old, states)?;
     cell.states.copy_from_slice(states);
     cell.earlier = Some(cell.stored);
     cell.stored = span;
     cell.pass = pass;
+    Ok(())
+}
+
+/// Brings a block's second read, `new` with its `states`, into the store, and keeps where it differs from the
+/// first; `old` is a buffer. What was left in swap the second time keeps what it was the first.
+fn second(
+    store: &dyn Store,
+    cell: &mut Cell,
+    new: &mut [u8],
+    old: &mut [u8],
+    states: &mut [PageState],
+) -> Result<(), PassError> {
+    let is_hole = |state: &PageState| *state == PageState::Hole;
+    // What was a hole and is one needs no look.
+    if states.iter().chain(&cell.states).all(is_hole) {
+        return Ok(());
+    }
+    for run in page_runs(cell.block, |page| states.get(page).is_some_and(is_hole)) {
+        new[run].fill(0);
+    }
+    let before = cell.states.clone();
+    let left = |states: &[PageState], page: usize| states.get(page) == Some(&PageState::Excluded);
+    // What was left in swap, this time or the time before, was not read twice.
+    let twice = |page: usize| !left(states, page) && !left(&before, page);
+    if let Some((changed, first)) = keep_again(store, cell, new, old, twice)? {
+        cell.first = Some(Box::new(first));
+        cell.changed = Some(Box::new(changed));
+    }
+    let came = |page: usize| left(&before, page) && states.get(page) == Some(&PageState::Data);
+    put(store, cell.block, new, came)?;
+    for (state, before) in states.iter_mut().zip(&before) {
+        if *state == PageState::Excluded {
+            *state = *before;
+        }
+    }
     Ok(())
 }
 

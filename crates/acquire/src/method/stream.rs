@@ -338,10 +338,7 @@ impl<'a> Taking<'a> {
         let t1_ns = t1_ns.min(until_ns);
         let span = Span { t0_ns: t0_ns.min(t1_ns), t1_ns };
         // Of virtio-mem a dump has what is plugged in, as its head says.
-        let dumped: Option<Vec<GuestRange>> =
-            whole.and_then(|whole| whole.head.as_ref()).map(|head| {
-                head.memory.iter().filter_map(|&(at, len)| GuestRange::new(at, len)).collect()
-            });
+        let dumped = whole.and_then(|whole| whole.head.as_ref()).map(reader::Head::ranges);
         let mut bytes = 0;
         for (number, cell) in (0u64..).zip(cells.iter_mut()) {
             let may = |(page, state): (GuestRange, &PageState)| match state {

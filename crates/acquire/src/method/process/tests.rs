@@ -183,6 +183,26 @@ fn data_that_became_a_hole_is_kept_as_zeros() {
 }
 
 #[test]
+fn what_was_left_in_swap_once_was_not_read_twice() {
+    use PageState::{Data, Excluded};
+    let range = GuestRange::new(0, 4 * 4096).unwrap();
+    let (ram, disk) = (ram(range, 0, &[range]), disk(range));
+    for store in [&ram as &dyn Store, &disk] {
+        let mut cell = cells(range).remove(0);
+        // Read and swapped out, swapped out and read, twice in swap, read twice and others.
+        cell.states.copy_from_slice(&[Data, Excluded, Excluded, Data]);
+        let (zeros, bytes) = ([0; 4096], |byte| [byte; 4096]);
+        store.put(range, &[bytes(1), zeros, zeros, bytes(4)].concat()).unwrap();
+        let mut new = [zeros, bytes(2), zeros, bytes(5)].concat();
+        let mut states = [Excluded, Data, Excluded, Data];
+        second(store, &mut cell, &mut new, &mut [0; 4 * 4096], &mut states).unwrap();
+        assert_eq!(states, [Data, Data, Excluded, Data]);
+        assert!(kept(store, range) == [bytes(1), bytes(2), zeros, bytes(5)].concat());
+        assert_eq!(cell.changed.as_deref(), Some(&[8, 0, 0, 0, 0]), "the last page alone");
+    }
+}
+
+#[test]
 fn a_block_whose_reading_failed_is_zeros() {
     let mut other = std::process::Command::new("sleep").arg("600").spawn().unwrap();
     let process = Process::open(other.id()).unwrap();
